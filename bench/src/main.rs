@@ -1,0 +1,2 @@
+//! The `sluice-bench` command.
+fn main() {}

@@ -1,0 +1,8 @@
+//! The packet path of Sluice: knows addresses, ports and packets; nothing of Kubernetes, YAML or HTTP.
+//!
+//! A packet comes in at a TUN queue ([`packet_path`]), is parsed ([`packet`]), found in the flow table ([`flow`]) or
+//! decided about ([`decide`], over the [`table`]) and given to an endpoint ([`select`]), rewritten and sent on.
+
+pub mod decide;
+pub mod net;
+pub mod table;

@@ -1,0 +1,211 @@
+//! Counters of Service ports and endpoints, in slots that packet threads reach by number without a lock.
+//!
+//! Each packet thread writes only its own cells, so counting shares no cache line between threads. Live-flow counts,
+//! which selection reads, are shared but change only when a flow opens or closes.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+
+use crate::net::Direction;
+use crate::table::FrontendKind;
+
+const CHUNK: usize = 1024;
+const CHUNKS: usize = 4096;
+
+/// Slot number of an endpoint of a Service port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub struct EndpointSlot(pub u32);
+
+/// Slot number of a Service port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub struct PortSlot(pub u32);
+
+/// Grows by whole chunks, never moves: a reader indexes it while another thread grows it.
+struct Slab<T> {
+    chunks: Box<[OnceLock<Box<[T]>>]>,
+}
+
+impl<T: Default> Slab<T> {
+    fn new() -> Self {
+        Self { chunks: (0..CHUNKS).map(|_| OnceLock::new()).collect() }
+    }
+
+    /// The slot, made when its chunk is not there yet.
+    fn get(&self, index: u32) -> &T {
+        let index = index as usize;
+        &self.chunks[index / CHUNK].get_or_init(|| (0..CHUNK).map(|_| T::default()).collect())[index % CHUNK]
+    }
+
+    fn peek(&self, index: u32) -> Option<&T> {
+        let index = index as usize;
+        self.chunks.get(index / CHUNK)?.get().map(|chunk| &chunk[index % CHUNK])
+    }
+}
+
+/// What one thread counted for one endpoint. A cache line of its own.
+#[derive(Default)]
+#[repr(align(64))]
+pub struct EndpointCounters {
+    /// Flows opened.
+    pub opened: AtomicU64,
+    /// Flows that ended.
+    pub closed: AtomicU64,
+    /// Bytes of IP packets, by direction.
+    pub bytes: [AtomicU64; 2],
+    /// Packets, by direction (a segmentation-offloaded packet counts once).
+    pub packets: [AtomicU64; 2],
+}
+
+/// What one thread counted for one Service port. A cache line of its own.
+#[derive(Default)]
+#[repr(align(64))]
+pub struct PortCounters {
+    /// Flows opened, by frontend kind.
+    pub opened: [AtomicU64; 4],
+    /// Flows refused for want of endpoints or by a rule.
+    pub rejected: AtomicU64,
+    /// Flows dropped by a rule.
+    pub dropped: AtomicU64,
+}
+
+/// State that all threads share of one endpoint.
+#[derive(Default)]
+struct EndpointShared {
+    /// Flows that are open now.
+    active: AtomicU32,
+    /// Grows when the endpoint is gone: UDP flows of an older epoch end.
+    epoch: AtomicU32,
+}
+
+/// Sums over all threads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Flows opened.
+    pub opened: u64,
+    /// Flows that ended.
+    pub closed: u64,
+    /// Bytes of IP packets, by direction.
+    pub bytes: [u64; 2],
+    /// Packets, by direction.
+    pub packets: [u64; 2],
+}
+
+struct ThreadSlots {
+    endpoints: Slab<EndpointCounters>,
+    ports: Slab<PortCounters>,
+}
+
+/// All slots. Shared by the packet threads, the table builder and whoever reads counters.
+pub struct Slots {
+    threads: Box<[ThreadSlots]>,
+    endpoints: Slab<EndpointShared>,
+    /// Round-robin positions by Service port.
+    cursors: Slab<AtomicU32>,
+}
+
+impl Slots {
+    /// Number of endpoints, and of Service ports, that fit.
+    pub const CAPACITY: u32 = (CHUNK * CHUNKS) as u32;
+
+    /// Slots for this many counting threads.
+    pub fn new(threads: usize) -> Self {
+        let thread = || ThreadSlots { endpoints: Slab::new(), ports: Slab::new() };
+        Self { threads: (0..threads).map(|_| thread()).collect(), endpoints: Slab::new(), cursors: Slab::new() }
+    }
+
+    /// Number of counting threads.
+    pub fn threads(&self) -> usize {
+        self.threads.len()
+    }
+
+    /// The cells of one thread for an endpoint.
+    pub fn endpoint(&self, thread: usize, slot: EndpointSlot) -> &EndpointCounters {
+        self.threads[thread].endpoints.get(slot.0)
+    }
+
+    /// The cells of one thread for a Service port.
+    pub fn port(&self, thread: usize, slot: PortSlot) -> &PortCounters {
+        self.threads[thread].ports.get(slot.0)
+    }
+
+    /// Flows open on the endpoint now.
+    pub fn active(&self, slot: EndpointSlot) -> u32 {
+        self.endpoints.get(slot.0).active.load(Relaxed)
+    }
+
+    /// A flow opened on the endpoint.
+    pub fn flow_opened(&self, slot: EndpointSlot) {
+        self.endpoints.get(slot.0).active.fetch_add(1, Relaxed);
+    }
+
+    /// A flow of the endpoint ended.
+    pub fn flow_closed(&self, slot: EndpointSlot) {
+        self.endpoints.get(slot.0).active.fetch_sub(1, Relaxed);
+    }
+
+    /// The epoch that a new flow of the endpoint belongs to.
+    pub fn epoch(&self, slot: EndpointSlot) -> u32 {
+        self.endpoints.get(slot.0).epoch.load(Relaxed)
+    }
+
+    /// The endpoint no longer serves: its UDP flows end at their next packet.
+    pub fn end_epoch(&self, slot: EndpointSlot) {
+        self.endpoints.get(slot.0).epoch.fetch_add(1, Relaxed);
+    }
+
+    /// Next round-robin position of a Service port.
+    pub fn next_turn(&self, slot: PortSlot) -> u32 {
+        self.cursors.get(slot.0).fetch_add(1, Relaxed)
+    }
+
+    /// Sums for an endpoint.
+    pub fn endpoint_totals(&self, slot: EndpointSlot) -> Totals {
+        let mut sum = Totals::default();
+        for cells in self.threads.iter().filter_map(|thread| thread.endpoints.peek(slot.0)) {
+            sum.opened += cells.opened.load(Relaxed);
+            sum.closed += cells.closed.load(Relaxed);
+            for direction in [Direction::Request, Direction::Reply].map(Direction::index) {
+                sum.bytes[direction] += cells.bytes[direction].load(Relaxed);
+                sum.packets[direction] += cells.packets[direction].load(Relaxed);
+            }
+        }
+        sum
+    }
+
+    /// Flows opened of a Service port by frontend kind, then flows rejected and dropped.
+    pub fn port_totals(&self, slot: PortSlot) -> ([u64; 4], u64, u64) {
+        let (mut opened, mut rejected, mut dropped) = ([0; 4], 0, 0);
+        for cells in self.threads.iter().filter_map(|thread| thread.ports.peek(slot.0)) {
+            for kind in FrontendKind::ALL {
+                opened[kind as usize] += cells.opened[kind as usize].load(Relaxed);
+            }
+            rejected += cells.rejected.load(Relaxed);
+            dropped += cells.dropped.load(Relaxed);
+        }
+        (opened, rejected, dropped)
+    }
+
+    /// Zeroes an endpoint's cells before the slot serves another endpoint. No flow may hold the slot.
+    pub(super) fn clear_endpoint(&self, slot: EndpointSlot) {
+        for cells in self.threads.iter().filter_map(|thread| thread.endpoints.peek(slot.0)) {
+            for cell in [&cells.opened, &cells.closed].into_iter().chain(&cells.bytes).chain(&cells.packets) {
+                cell.store(0, Relaxed);
+            }
+        }
+    }
+
+    /// Zeroes a Service port's cells before the slot serves another one.
+    pub(super) fn clear_port(&self, slot: PortSlot) {
+        for cells in self.threads.iter().filter_map(|thread| thread.ports.peek(slot.0)) {
+            for cell in cells.opened.iter().chain([&cells.rejected, &cells.dropped]) {
+                cell.store(0, Relaxed);
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Slots {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Slots").field("threads", &self.threads.len()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,133 @@
+//! What resolution hands to the table: one Service, fully resolved, as plain data.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use crate::net::{Family, Protocol};
+
+/// Namespace and name of a Service.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+pub struct ServiceName {
+    /// Namespace.
+    pub namespace: Arc<str>,
+    /// Name.
+    pub name: Arc<str>,
+}
+
+impl ServiceName {
+    /// A name from its two parts.
+    pub fn new(namespace: &str, name: &str) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
+}
+
+impl std::fmt::Display for ServiceName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// Algorithm of endpoint selection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Balancing {
+    /// Power of two choices on live flow counts.
+    #[default]
+    LeastConnections,
+    /// Each endpoint in turn.
+    RoundRobin,
+    /// Uniformly random, as kube-proxy.
+    Random,
+}
+
+/// `internalTrafficPolicy` or `externalTrafficPolicy` (KEP-2086).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize)]
+pub enum TrafficPolicy {
+    /// Endpoints of the whole cluster.
+    #[default]
+    Cluster,
+    /// Endpoints on this node only.
+    Local,
+}
+
+/// The endpoints that a policy allows for new flows, and how the list came about.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct EndpointList {
+    /// Addresses, without duplicates.
+    pub addresses: Vec<SocketAddr>,
+    /// The rule that made the list, for `trace`: "2 of 3 endpoints are ready".
+    pub why: String,
+}
+
+/// One Service, resolved for this node. Plain data, comparable: equal specs need no new table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServiceSpec {
+    /// Namespace and name.
+    pub name: ServiceName,
+    /// `creationTimestamp` in seconds since the epoch; the older of two Services keeps a contested frontend, none counts as youngest.
+    pub created: Option<i64>,
+    /// Ports, one entry for each family in which the Service has a ClusterIP.
+    pub ports: Vec<PortSpec>,
+}
+
+/// One port of one Service in one family.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortSpec {
+    /// Port name, empty when unnamed.
+    pub name: String,
+    /// Protocol.
+    pub protocol: Protocol,
+    /// Service port number.
+    pub number: u16,
+    /// Family of every address below.
+    pub family: Family,
+    /// The ClusterIP.
+    pub cluster_ip: IpAddr,
+    /// Node port, when there is one.
+    pub node_port: Option<u16>,
+    /// Load-balancer addresses (`status.loadBalancer.ingress[].ip` with ipMode VIP).
+    pub load_balancer_ips: Vec<IpAddr>,
+    /// External addresses.
+    pub external_ips: Vec<IpAddr>,
+    /// `loadBalancerSourceRanges` of this family; empty = unfiltered.
+    pub source_ranges: Vec<IpNet>,
+    /// Sources equal to a load-balancer address pass the ranges too (a range contains the node's own address).
+    pub source_ranges_admit_vips: bool,
+    /// Policy for the ClusterIP.
+    pub internal_policy: TrafficPolicy,
+    /// Policy for NodePort, load-balancer and external addresses.
+    pub external_policy: TrafficPolicy,
+    /// ClientIP affinity with its timeout.
+    pub affinity: Option<Duration>,
+    /// Endpoint selection.
+    pub balancing: Balancing,
+    /// Endpoints for policy Cluster.
+    pub cluster: EndpointList,
+    /// Endpoints for policy Local.
+    pub local: EndpointList,
+    /// Some endpoint is ready, or serving while terminating, anywhere in the cluster.
+    pub has_any_endpoint: bool,
+    /// Addresses of all endpoints that are `serving`, whatever lists they are in: UDP flows to others end.
+    pub serving: Vec<SocketAddr>,
+}
+
+/// What the table must know of the node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodeSpec {
+    /// Every address of the node itself: a client with one of them is the node.
+    pub addresses: Vec<IpAddr>,
+    /// Addresses on which node ports answer.
+    pub node_port_addresses: Vec<IpAddr>,
+    /// Loopback ranges on which node ports answer to the node itself (explicitly configured).
+    pub node_port_loopback: Vec<IpNet>,
+    /// Sources inside are pods of the cluster.
+    pub cluster_cidrs: Vec<IpNet>,
+    /// Service ranges; their addresses that are no frontend are dropped (KEP-1880).
+    pub service_cidrs: Vec<IpNet>,
+    /// Masquerade every flow to a ClusterIP.
+    pub masquerade_all: bool,
+}
