@@ -4,5 +4,9 @@
 //! decided about ([`decide`], over the [`table`]) and given to an endpoint ([`select`]), rewritten and sent on.
 
 pub mod decide;
+pub mod flow;
 pub mod net;
+pub mod packet;
+pub mod packet_path;
+pub mod select;
 pub mod table;

@@ -185,7 +185,8 @@ impl TableBuilder {
 
     fn endpoints(&mut self, port: &PortName, list: &EndpointList) -> Endpoints {
         let mut slot = |address| EndpointSlot(self.endpoint_slots.intern(&(port.clone(), address)));
-        let list_of = list.addresses.iter().map(|address| Endpoint { address: *address, slot: slot(*address) }).collect();
+        let list_of =
+            list.addresses.iter().map(|address| Endpoint { address: *address, slot: slot(*address) }).collect();
         Endpoints { list: list_of, why: list.why.as_str().into() }
     }
 

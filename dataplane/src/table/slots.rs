@@ -48,8 +48,6 @@ impl<T: Default> Slab<T> {
 pub struct EndpointCounters {
     /// Flows opened.
     pub opened: AtomicU64,
-    /// Flows that ended.
-    pub closed: AtomicU64,
     /// Bytes of IP packets, by direction.
     pub bytes: [AtomicU64; 2],
     /// Packets, by direction (a segmentation-offloaded packet counts once).
@@ -75,6 +73,8 @@ struct EndpointShared {
     active: AtomicU32,
     /// Grows when the endpoint is gone: UDP flows of an older epoch end.
     epoch: AtomicU32,
+    /// Masquerade ports tried so far: the next one is tried first.
+    source_ports: AtomicU32,
 }
 
 /// Sums over all threads.
@@ -82,8 +82,6 @@ struct EndpointShared {
 pub struct Totals {
     /// Flows opened.
     pub opened: u64,
-    /// Flows that ended.
-    pub closed: u64,
     /// Bytes of IP packets, by direction.
     pub bytes: [u64; 2],
     /// Packets, by direction.
@@ -153,6 +151,11 @@ impl Slots {
         self.endpoints.get(slot.0).epoch.fetch_add(1, Relaxed);
     }
 
+    /// Next position in the range of masquerade ports towards an endpoint.
+    pub fn next_source_port(&self, slot: EndpointSlot) -> u32 {
+        self.endpoints.get(slot.0).source_ports.fetch_add(1, Relaxed)
+    }
+
     /// Next round-robin position of a Service port.
     pub fn next_turn(&self, slot: PortSlot) -> u32 {
         self.cursors.get(slot.0).fetch_add(1, Relaxed)
@@ -163,7 +166,6 @@ impl Slots {
         let mut sum = Totals::default();
         for cells in self.threads.iter().filter_map(|thread| thread.endpoints.peek(slot.0)) {
             sum.opened += cells.opened.load(Relaxed);
-            sum.closed += cells.closed.load(Relaxed);
             for direction in [Direction::Request, Direction::Reply].map(Direction::index) {
                 sum.bytes[direction] += cells.bytes[direction].load(Relaxed);
                 sum.packets[direction] += cells.packets[direction].load(Relaxed);
@@ -188,7 +190,7 @@ impl Slots {
     /// Zeroes an endpoint's cells before the slot serves another endpoint. No flow may hold the slot.
     pub(super) fn clear_endpoint(&self, slot: EndpointSlot) {
         for cells in self.threads.iter().filter_map(|thread| thread.endpoints.peek(slot.0)) {
-            for cell in [&cells.opened, &cells.closed].into_iter().chain(&cells.bytes).chain(&cells.packets) {
+            for cell in std::iter::once(&cells.opened).chain(&cells.bytes).chain(&cells.packets) {
                 cell.store(0, Relaxed);
             }
         }

@@ -1,0 +1,13 @@
+//! The flow table: every connection and conversation that is balanced now, found by the packets of either direction.
+
+mod index;
+mod key;
+mod memory;
+mod record;
+mod state;
+mod table;
+
+pub use key::{Address, FlowKey};
+pub use record::{FlowFields, Source};
+pub use state::{State, Timeouts};
+pub use table::{FlowTable, FlowView, Full, Hit, MEMORY_PER_FLOW, NewFlowRecord, SourceChoice};

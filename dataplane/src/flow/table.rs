@@ -1,0 +1,409 @@
+//! The flow table: lookups without a lock, opening and ending flows under one, expiry by a slow sweep.
+//!
+//! Full table: an expired, closing or long unanswered flow near the sweep's hand makes room; when there is none the new
+//! flow is refused. An established flow is never pushed out.
+
+use std::net::SocketAddr;
+use std::ops::RangeInclusive;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::index::{Entry, Index, MAX_RECORDS};
+use super::memory::zeroed;
+use super::record::{FlowFields, Record, Snapshot, Source};
+use super::{Address, FlowKey, State, Timeouts};
+use crate::net::{Direction, Protocol};
+use crate::packet::view::Tcp;
+use crate::table::{EndpointSlot, FrontendKind, PortSlot, Slots};
+
+/// Bytes of memory that a flow takes: its record and its share of an index at most half full.
+pub const MEMORY_PER_FLOW: usize = size_of::<Record>() + 16;
+
+/// Records looked at for a victim when the table is full.
+const VICTIM_SEARCH: usize = 64;
+/// Unanswered opens idle for this many milliseconds may be pushed out of a full table.
+const UNANSWERED_VICTIM_MS: u32 = 5_000;
+
+/// No room for another flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Full {
+    /// Every record holds a flow that may not be pushed out.
+    #[error("the flow table is full")]
+    Table,
+    /// Every masquerade port towards this endpoint is in use.
+    #[error("no masquerade port is free for this endpoint")]
+    Ports,
+    /// Another flow has the same packets: the client reaches this endpoint by another frontend from the same port.
+    #[error("another flow has the same addresses and ports")]
+    Collision,
+    /// Another thread has just opened this very flow.
+    #[error("the flow exists")]
+    Exists,
+}
+
+/// A flow to open.
+#[derive(Clone, Copy, Debug)]
+pub struct NewFlowRecord {
+    /// Key of the client's packets.
+    pub request: FlowKey,
+    /// Endpoint.
+    pub endpoint: SocketAddr,
+    /// Counters of the endpoint.
+    pub endpoint_slot: EndpointSlot,
+    /// Counters of the Service port.
+    pub port_slot: PortSlot,
+    /// Kind of frontend.
+    pub frontend: FrontendKind,
+    /// First state.
+    pub state: State,
+}
+
+/// Which source the endpoint is to see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SourceChoice {
+    /// The client's own.
+    Preserve,
+    /// This masquerade address (index), with a free port.
+    Masquerade(u8),
+}
+
+/// A flow that a packet belongs to.
+#[derive(Clone, Copy, Debug)]
+pub struct Hit {
+    record: u32,
+    snapshot: Snapshot,
+    /// Direction of the packet.
+    pub direction: Direction,
+}
+
+impl Hit {
+    /// What does not change in the flow.
+    pub fn fields(&self) -> &FlowFields {
+        &self.snapshot.fields
+    }
+
+    /// State when the packet came.
+    pub fn state(&self) -> State {
+        self.snapshot.state()
+    }
+}
+
+/// A flow as `get flows` shows it.
+#[derive(Clone, Debug)]
+pub struct FlowView {
+    /// Protocol.
+    pub protocol: Protocol,
+    /// Client address and port.
+    pub client: SocketAddr,
+    /// Frontend that was dialled.
+    pub frontend: SocketAddr,
+    /// Kind of that frontend.
+    pub kind: FrontendKind,
+    /// Endpoint.
+    pub endpoint: SocketAddr,
+    /// Source that the endpoint sees, when it is not the client.
+    pub masquerade: Option<SocketAddr>,
+    /// State name.
+    pub state: &'static str,
+    /// Seconds since it opened.
+    pub age_seconds: u32,
+    /// Milliseconds since its last packet.
+    pub idle_ms: u32,
+    /// Bytes of IP packets by direction.
+    pub bytes: [u64; 2],
+    /// Packets by direction, modulo 2^32.
+    pub packets: [u32; 2],
+    /// Counters of the Service port.
+    pub port_slot: PortSlot,
+    /// Counters of the endpoint.
+    pub endpoint_slot: EndpointSlot,
+}
+
+/// What only the holder of the lock changes.
+struct Writer {
+    free: Vec<u32>,
+    /// Records ever used: the sweep and the memory in use end here.
+    used: u32,
+    live: u32,
+    hand: u32,
+}
+
+/// All flows of the node.
+pub struct FlowTable {
+    records: Box<[Record]>,
+    index: Index,
+    hasher: ahash::RandomState,
+    writer: Mutex<Writer>,
+    evictions: AtomicU64,
+    slots: Arc<Slots>,
+    timeouts: Timeouts,
+    masquerade: Vec<Address>,
+    ports: RangeInclusive<u16>,
+}
+
+impl FlowTable {
+    /// A table for at most `capacity` flows (at most about four million). `masquerade`: node addresses that stand in for
+    /// clients, at most 255, with these source `ports`.
+    pub fn new(capacity: usize, slots: Arc<Slots>, masquerade: Vec<Address>, ports: RangeInclusive<u16>) -> Self {
+        let capacity = capacity.clamp(1, MAX_RECORDS);
+        Self {
+            records: zeroed(capacity),
+            index: Index::new(capacity),
+            hasher: ahash::RandomState::new(),
+            writer: Mutex::new(Writer { free: Vec::new(), used: 0, live: 0, hand: 0 }),
+            evictions: AtomicU64::new(0),
+            slots,
+            timeouts: Timeouts::default(),
+            masquerade,
+            ports,
+        }
+    }
+
+    /// The masquerade addresses.
+    pub fn masquerade(&self) -> &[Address] {
+        &self.masquerade
+    }
+
+    /// The reserved range of source ports.
+    pub fn masquerade_ports(&self) -> &RangeInclusive<u16> {
+        &self.ports
+    }
+
+    /// Flows now.
+    pub fn len(&self) -> usize {
+        self.lock().live as usize
+    }
+
+    /// Whether there is no flow.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Most flows.
+    pub fn capacity(&self) -> usize {
+        self.records.len()
+    }
+
+    /// Flows pushed out of a full table so far.
+    pub fn evictions(&self) -> u64 {
+        self.evictions.load(Relaxed)
+    }
+
+    /// The flow of a packet with this key. Takes no lock unless there is none at first sight.
+    pub fn find(&self, key: &FlowKey) -> Option<Hit> {
+        self.probe(key).or_else(|| {
+            // An entry may have moved past us while another flow was removed.
+            let _writer = self.lock();
+            self.probe(key)
+        })
+    }
+
+    /// Opens a flow.
+    pub fn open(&self, new: &NewFlowRecord, source: SourceChoice, now_ms: u64) -> Result<Hit, Full> {
+        let mut writer = self.lock();
+        if self.probe(&new.request).is_some() {
+            return Err(Full::Exists);
+        }
+        let mut fields = FlowFields {
+            request: new.request,
+            endpoint: new.endpoint.ip().into(),
+            endpoint_port: new.endpoint.port(),
+            source: Source::Preserved,
+            endpoint_slot: new.endpoint_slot,
+            port_slot: new.port_slot,
+            epoch: self.slots.epoch(new.endpoint_slot) as u16,
+            frontend: new.frontend,
+            opened: (now_ms / 1000) as u32,
+        };
+        if let SourceChoice::Masquerade(address) = source {
+            fields.source = self.choose_port(&mut writer, fields, address)?;
+        } else if let Some(other) = self.probe(&fields.reply(&self.masquerade)) {
+            if other.state() != State::Closing {
+                return Err(Full::Collision);
+            }
+            self.end(&mut writer, &other);
+        }
+        let record = self.take_record(&mut writer, now_ms as u32)?;
+        self.records[record as usize].publish(&fields, new.state, now_ms as u32);
+        for direction in [Direction::Request, Direction::Reply] {
+            let hash = self.hash(&fields.key(direction, &self.masquerade));
+            self.index.insert(hash, Entry { record, direction });
+        }
+        writer.live += 1;
+        self.slots.flow_opened(fields.endpoint_slot);
+        let snapshot = self.records[record as usize].read().expect("published above, under the lock");
+        Ok(Hit { record, snapshot, direction: Direction::Request })
+    }
+
+    /// Ends the flow of a hit, unless its life is over already.
+    pub fn close(&self, hit: &Hit) {
+        let mut writer = self.lock();
+        self.end(&mut writer, hit);
+    }
+
+    /// Counts a TCP segment of the flow and moves its state.
+    pub fn see_tcp(&self, hit: &Hit, tcp: &Tcp, bytes: usize, now_ms: u64) {
+        let record = &self.records[hit.record as usize];
+        record.count(hit.direction, bytes, now_ms as u32);
+        if tcp.ack {
+            record.acknowledge(hit.direction, tcp.acknowledgement);
+        }
+        let state = hit.state();
+        if tcp.rst || tcp.fin || state == State::Opening {
+            let next = state.after_tcp(hit.direction, tcp, record.expected(hit.direction));
+            record.set_state(hit.snapshot.meta, next);
+        }
+    }
+
+    /// Counts a datagram of the flow.
+    pub fn see_datagram(&self, hit: &Hit, bytes: usize, now_ms: u64) {
+        let record = &self.records[hit.record as usize];
+        record.count(hit.direction, bytes, now_ms as u32);
+        record.set_state(hit.snapshot.meta, hit.state().after_datagram(hit.direction));
+    }
+
+    /// Ends what was silent for too long, looking at up to `most` records; the next call goes on where this one stopped.
+    pub fn sweep(&self, now_ms: u64, most: usize) {
+        let mut writer = self.lock();
+        for _ in 0..most.min(writer.used as usize) {
+            writer.hand = (writer.hand + 1) % writer.used;
+            let record = writer.hand;
+            if let Some(hit) = self.hit(record)
+                && self.is_expired(&hit, now_ms as u32)
+            {
+                self.end(&mut writer, &hit);
+            }
+        }
+    }
+
+    /// Records in use or used before: how much there is to sweep.
+    pub fn used(&self) -> usize {
+        self.lock().used as usize
+    }
+
+    /// Every flow, as it is when the iterator comes to it.
+    pub fn views(&self, now_ms: u64) -> impl Iterator<Item = FlowView> {
+        let used = self.used();
+        self.records[..used].iter().filter_map(move |record| {
+            let snapshot = record.read()?;
+            let fields = &snapshot.fields;
+            let (bytes, packets) = record.traffic();
+            let reply = fields.reply(&self.masquerade);
+            Some(FlowView {
+                protocol: fields.request.protocol,
+                client: fields.request.source(),
+                frontend: fields.request.destination(),
+                kind: fields.frontend,
+                endpoint: reply.source(),
+                masquerade: (fields.source != Source::Preserved).then(|| reply.destination()),
+                state: snapshot.state().name(),
+                age_seconds: ((now_ms / 1000) as u32).wrapping_sub(fields.opened),
+                idle_ms: record.idle_ms(now_ms as u32),
+                bytes,
+                packets,
+                port_slot: fields.port_slot,
+                endpoint_slot: fields.endpoint_slot,
+            })
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Writer> {
+        // No code that runs under the lock panics half-way through a change.
+        self.writer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn hash(&self, key: &FlowKey) -> u64 {
+        self.hasher.hash_one(key)
+    }
+
+    fn probe(&self, key: &FlowKey) -> Option<Hit> {
+        self.index.find(self.hash(key), |entry| {
+            let snapshot = self.records[entry.record as usize].read()?;
+            let same = snapshot.fields.key(entry.direction, &self.masquerade) == *key;
+            same.then_some(Hit { record: entry.record, snapshot, direction: entry.direction })
+        })
+    }
+
+    fn hit(&self, record: u32) -> Option<Hit> {
+        let snapshot = self.records[record as usize].read()?;
+        Some(Hit { record, snapshot, direction: Direction::Request })
+    }
+
+    fn is_expired(&self, hit: &Hit, now_ms: u32) -> bool {
+        let limit = self.timeouts.of(hit.state()).as_millis() as u32;
+        let idle = self.records[hit.record as usize].idle_ms(now_ms);
+        // A packet stamped after `now_ms` was read looks idle for almost 2^32 ms.
+        idle > limit && idle < u32::MAX / 2
+    }
+
+    fn end(&self, writer: &mut Writer, hit: &Hit) {
+        let record = &self.records[hit.record as usize];
+        let Some(now) = record.read().filter(|now| now.meta >> 32 == hit.snapshot.meta >> 32) else { return };
+        let fields = &now.fields;
+        for direction in [Direction::Request, Direction::Reply] {
+            let hash = self.hash(&fields.key(direction, &self.masquerade));
+            self.index.remove(hash, Entry { record: hit.record, direction }, |entry| self.hash_of(entry));
+        }
+        record.retire();
+        writer.free.push(hit.record);
+        writer.live -= 1;
+        self.slots.flow_closed(fields.endpoint_slot);
+    }
+
+    fn hash_of(&self, entry: Entry) -> u64 {
+        let snapshot = self.records[entry.record as usize].read().expect("indexed records are live under the lock");
+        self.hash(&snapshot.fields.key(entry.direction, &self.masquerade))
+    }
+
+    fn take_record(&self, writer: &mut Writer, now_ms: u32) -> Result<u32, Full> {
+        if let Some(record) = writer.free.pop() {
+            return Ok(record);
+        }
+        if (writer.used as usize) < self.records.len() {
+            writer.used += 1;
+            return Ok(writer.used - 1);
+        }
+        for _ in 0..VICTIM_SEARCH {
+            writer.hand = (writer.hand + 1) % writer.used;
+            if let Some(hit) = self.hit(writer.hand)
+                && self.may_push_out(&hit, now_ms)
+            {
+                self.end(writer, &hit);
+                self.evictions.fetch_add(1, Relaxed);
+                return writer.free.pop().ok_or(Full::Table);
+            }
+        }
+        Err(Full::Table)
+    }
+
+    fn may_push_out(&self, hit: &Hit, now_ms: u32) -> bool {
+        let idle = self.records[hit.record as usize].idle_ms(now_ms);
+        match hit.state() {
+            State::Closing => true,
+            State::Opening | State::Unreplied => idle > UNANSWERED_VICTIM_MS,
+            State::Established | State::HalfClosedByClient | State::HalfClosedByEndpoint | State::Replied => {
+                self.is_expired(hit, now_ms)
+            }
+        }
+    }
+
+    /// A free port of the reserved range towards the endpoint, in turn, so that a port rests as long as possible before
+    /// it is used again; when all are taken, that of a closing flow.
+    fn choose_port(&self, writer: &mut Writer, fields: FlowFields, address: u8) -> Result<Source, Full> {
+        let (first, last) = (u32::from(*self.ports.start()), u32::from(*self.ports.end()));
+        let count = last - first + 1;
+        let mut closing = None;
+        for _ in 0..count {
+            let turn = self.slots.next_source_port(fields.endpoint_slot) % count;
+            let source = Source::Masqueraded { address, port: (first + turn) as u16 };
+            match self.probe(&FlowFields { source, ..fields }.reply(&self.masquerade)) {
+                None => return Ok(source),
+                Some(other) if closing.is_none() && other.state() == State::Closing => closing = Some((source, other)),
+                Some(_) => {}
+            }
+        }
+        let (source, other) = closing.ok_or(Full::Ports)?;
+        self.end(writer, &other);
+        Ok(source)
+    }
+}

@@ -1,0 +1,13 @@
+//! The packet path: TUN queues, one plain thread for each, and the step that turns one packet into another.
+
+mod drops;
+mod shared;
+mod thread;
+mod tun;
+mod worker;
+
+pub use drops::Drops;
+pub use shared::{Settings, Shared};
+pub use thread::PacketPath;
+pub use tun::Tun;
+pub use worker::{Action, Worker};

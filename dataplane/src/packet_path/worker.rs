@@ -1,0 +1,264 @@
+//! The pure step of a packet thread: one packet and the time in, what to do with it out. No I/O, no clock, no allocation;
+//! a lock only where a flow begins or is missing.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use arc_swap::Cache;
+
+use crate::decide::{NewFlow, Verdict};
+use crate::flow::{Address, FlowKey, Full, Hit, NewFlowRecord, SourceChoice, State};
+use crate::net::{Direction, Protocol};
+use crate::packet::view::{Packet, Tcp, Transport};
+use crate::packet::{icmp, reply, rewrite, vnet};
+use crate::packet_path::drops::Drop;
+use crate::packet_path::shared::Shared;
+use crate::select::select;
+use crate::table::{Endpoint, RoutingTable};
+
+/// What to do with the packet that was handled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Send it on: it was rewritten in place, or is none of ours.
+    Send,
+    /// Discard it and send the answer of this many bytes, offload header included, that lies in [`Worker::answer`].
+    Answer(usize),
+    /// Discard it.
+    Discard,
+}
+
+/// One packet thread's own state.
+pub struct Worker {
+    shared: Arc<Shared>,
+    table: Cache<Arc<arc_swap::ArcSwap<RoutingTable>>, Arc<RoutingTable>>,
+    thread: usize,
+    rng: fastrand::Rng,
+    answer: Box<[u8; vnet::LEN + reply::LIMIT]>,
+}
+
+impl Worker {
+    /// The state of packet thread number `thread`.
+    pub fn new(shared: Arc<Shared>, thread: usize) -> Self {
+        let seed = shared.settings.seed.wrapping_add(thread as u64);
+        Self {
+            table: Cache::new(Arc::clone(&shared.table)),
+            shared,
+            thread,
+            rng: fastrand::Rng::with_seed(seed),
+            answer: Box::new([0; vnet::LEN + reply::LIMIT]),
+        }
+    }
+
+    /// Handles one frame: offload header, then IP packet. `now_ms`: any monotonic clock in milliseconds.
+    pub fn handle(&mut self, frame: &mut [u8], now_ms: u64) -> Action {
+        self.step(frame, now_ms).unwrap_or_else(|reason| {
+            self.shared.drops[self.thread].count(reason);
+            Action::Discard
+        })
+    }
+
+    /// The answer that [`Action::Answer`] speaks of.
+    pub fn answer(&self, length: usize) -> &[u8] {
+        &self.answer[..length]
+    }
+
+    fn step(&mut self, frame: &mut [u8], now_ms: u64) -> Result<Action, Drop> {
+        let Some((header, bytes)) = frame.split_at_mut_checked(vnet::LEN) else {
+            return Err(Drop::Malformed(crate::packet::Malformed::IpHeader));
+        };
+        let partial = vnet::checksum_is_partial(header);
+        let packet = Packet::parse(bytes).map_err(Drop::Malformed)?;
+        match packet.transport {
+            Transport::Tcp(tcp) => self.of_flow(bytes, &packet, Protocol::Tcp, Some(tcp), partial, now_ms),
+            Transport::Udp => self.of_flow(bytes, &packet, Protocol::Udp, None, partial, now_ms),
+            Transport::Sctp => self.of_flow(bytes, &packet, Protocol::Sctp, None, partial, now_ms),
+            Transport::Icmp(kind) if icmp::is_error(packet.family, kind) => self.icmp_error(bytes, &packet),
+            Transport::Icmp(_) | Transport::Other => self.without_ports(bytes, &packet),
+            Transport::Fragment => Err(Drop::Fragment),
+        }
+    }
+
+    fn of_flow(
+        &mut self,
+        bytes: &mut [u8],
+        packet: &Packet,
+        protocol: Protocol,
+        tcp: Option<Tcp>,
+        partial: bool,
+        now_ms: u64,
+    ) -> Result<Action, Drop> {
+        let key = packet.key(protocol);
+        let hit = match self.shared.flows.find(&key) {
+            Some(hit) if self.goes_on(&hit, tcp) => hit,
+            Some(over) => {
+                self.shared.flows.close(&over);
+                match self.open(bytes, packet, &key, tcp, now_ms)? {
+                    Opened::Flow(hit) => hit,
+                    Opened::Not(action) => return Ok(action),
+                }
+            }
+            None => match self.open(bytes, packet, &key, tcp, now_ms)? {
+                Opened::Flow(hit) => hit,
+                Opened::Not(action) => return Ok(action),
+            },
+        };
+        let flows = &self.shared.flows;
+        rewrite::rewrite(bytes, packet, partial, &hit.fields().translation(hit.direction, flows.masquerade()));
+        match tcp {
+            Some(tcp) => flows.see_tcp(&hit, &tcp, packet.length, now_ms),
+            None => flows.see_datagram(&hit, packet.length, now_ms),
+        }
+        let counters = self.shared.slots.endpoint(self.thread, hit.fields().endpoint_slot);
+        let at = hit.direction.index();
+        // Only this thread writes these cells.
+        counters.bytes[at].store(counters.bytes[at].load(Relaxed) + packet.length as u64, Relaxed);
+        counters.packets[at].store(counters.packets[at].load(Relaxed) + 1, Relaxed);
+        Ok(Action::Send)
+    }
+
+    /// Whether the packet belongs to this life of the flow: a SYN on a finished one begins a new flow, and so does a
+    /// datagram to an endpoint that is gone.
+    fn goes_on(&self, hit: &Hit, tcp: Option<Tcp>) -> bool {
+        if hit.direction == Direction::Reply {
+            return true;
+        }
+        match tcp {
+            Some(tcp) => !(tcp.syn && !tcp.ack && hit.state() == State::Closing),
+            None => {
+                let (fields, slots) = (hit.fields(), &self.shared.slots);
+                fields.request.protocol != Protocol::Udp || slots.epoch(fields.endpoint_slot) as u16 == fields.epoch
+            }
+        }
+    }
+
+    /// Decides about the first packet of a flow.
+    fn open(
+        &mut self,
+        bytes: &[u8],
+        packet: &Packet,
+        key: &FlowKey,
+        tcp: Option<Tcp>,
+        now_ms: u64,
+    ) -> Result<Opened, Drop> {
+        let table = self.table.load();
+        let flow = NewFlow { client: key.source.ip(), destination: key.destination(), protocol: key.protocol };
+        let decision = table.decide(&flow);
+        let first = tcp.is_none_or(|tcp| tcp.syn && !tcp.ack);
+        if !first && !matches!(decision.verdict, Verdict::Pass) {
+            // In the middle of a connection that nobody knows: its ends had better learn it.
+            self.shared.drops[self.thread].count(Drop::NoFlow);
+            return refuse(bytes, packet, &mut self.answer[..]).map(Opened::Not);
+        }
+        let port = decision.frontend.map(|frontend| self.shared.slots.port(self.thread, frontend.port.slot));
+        match (decision.verdict, decision.frontend) {
+            (Verdict::Pass, _) => Ok(Opened::Not(Action::Send)),
+            (Verdict::Drop, _) => {
+                port.inspect(|port| count(&port.dropped));
+                Err(Drop::Rule)
+            }
+            (Verdict::Reject, _) | (Verdict::Forward { .. }, None) => {
+                port.inspect(|port| count(&port.rejected));
+                refuse(bytes, packet, &mut self.answer[..]).map(Opened::Not)
+            }
+            (Verdict::Forward { endpoints, masquerade }, Some(frontend)) => {
+                let chosen =
+                    select(frontend.port.balancing, frontend.port.slot, endpoints, &self.shared.slots, &mut self.rng);
+                let new = NewFlowRecord {
+                    request: *key,
+                    endpoint: endpoints[chosen].address,
+                    endpoint_slot: endpoints[chosen].slot,
+                    port_slot: frontend.port.slot,
+                    frontend: frontend.kind,
+                    state: if tcp.is_some() { State::Opening } else { State::Unreplied },
+                };
+                let hit = open_at(&self.shared, new, endpoints, chosen, masquerade, now_ms)?;
+                let endpoint = self.shared.slots.endpoint(self.thread, hit.fields().endpoint_slot);
+                count(&endpoint.opened);
+                port.inspect(|port| count(&port.opened[frontend.kind as usize]));
+                Ok(Opened::Flow(hit))
+            }
+        }
+    }
+
+    fn icmp_error(&mut self, bytes: &mut [u8], packet: &Packet) -> Result<Action, Drop> {
+        let quoted = icmp::quoted(bytes, packet).map_err(Drop::Malformed)?;
+        let flows = &self.shared.flows;
+        let hit = quoted.protocol().and_then(|protocol| flows.find(&icmp::key_of_receiver(&quoted, protocol)));
+        if let Some(hit) = hit {
+            let translation = hit.fields().translation(hit.direction, flows.masquerade());
+            icmp::translate(bytes, packet, &quoted, &translation);
+            return Ok(Action::Send);
+        }
+        match self.table.load().decide_address(packet.destination.ip()).0 {
+            Verdict::Pass => Ok(Action::Send),
+            // No error about an error (RFC 1122 §3.2.2).
+            Verdict::Reject | Verdict::Drop | Verdict::Forward { .. } => Err(Drop::NoFlow),
+        }
+    }
+
+    /// Ping and the like: nothing balances them.
+    fn without_ports(&mut self, bytes: &[u8], packet: &Packet) -> Result<Action, Drop> {
+        match self.table.load().decide_address(packet.destination.ip()).0 {
+            Verdict::Pass => Ok(Action::Send),
+            Verdict::Drop => Err(Drop::Rule),
+            Verdict::Reject | Verdict::Forward { .. } => refuse(bytes, packet, &mut self.answer[..]),
+        }
+    }
+}
+
+/// How the first packet of a flow ended.
+enum Opened {
+    Flow(Hit),
+    Not(Action),
+}
+
+/// Opens the flow at the chosen endpoint or, where its packets could not be told from another flow's, at a neighbour.
+fn open_at(
+    shared: &Shared,
+    mut new: NewFlowRecord,
+    endpoints: &[Endpoint],
+    chosen: usize,
+    masquerade: bool,
+    now_ms: u64,
+) -> Result<Hit, Drop> {
+    let flows = &shared.flows;
+    let address = |client: Address| {
+        let position = flows.masquerade().iter().position(|address| address.family() == client.family());
+        position.map(|index| SourceChoice::Masquerade(index as u8)).ok_or(Drop::NoMasqueradeAddress)
+    };
+    let tries = endpoints.len().min(4);
+    for attempt in 0..=tries {
+        let endpoint = &endpoints[(chosen + attempt) % endpoints.len()];
+        (new.endpoint, new.endpoint_slot) = (endpoint.address, endpoint.slot);
+        let client: Address = new.request.source;
+        // An endpoint that reaches itself must see another source, and so must one that has this client's port in use.
+        let replace = masquerade || client == endpoint.address.ip().into() || attempt == tries;
+        let source = if replace { address(client)? } else { SourceChoice::Preserve };
+        match flows.open(&new, source, now_ms) {
+            Ok(hit) => return Ok(hit),
+            Err(Full::Exists) => return flows.find(&new.request).ok_or(Drop::NoFlow),
+            Err(Full::Table) => return Err(Drop::TableFull),
+            Err(Full::Ports | Full::Collision) => {}
+        }
+    }
+    Err(Drop::NoPort)
+}
+
+/// Refuses a packet: RST for TCP, ICMP port unreachable for the rest; nothing for a RST.
+fn refuse(bytes: &[u8], packet: &Packet, answer: &mut [u8]) -> Result<Action, Drop> {
+    let (header, out) = answer.split_at_mut(vnet::LEN);
+    vnet::plain(header);
+    let length = match packet.transport {
+        Transport::Tcp(tcp) if tcp.rst => return Err(Drop::NoFlow),
+        Transport::Tcp(tcp) => reply::reset(packet, &tcp, out),
+        Transport::Udp | Transport::Sctp | Transport::Icmp(_) | Transport::Fragment | Transport::Other => {
+            reply::port_unreachable(bytes, packet, out)
+        }
+    };
+    Ok(Action::Answer(vnet::LEN + length))
+}
+
+/// Adds one to a cell that only this thread writes.
+fn count(cell: &std::sync::atomic::AtomicU64) {
+    cell.store(cell.load(Relaxed) + 1, Relaxed);
+}
