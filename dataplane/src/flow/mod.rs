@@ -6,8 +6,10 @@ mod memory;
 mod record;
 mod state;
 mod table;
+mod view;
 
 pub use key::{Address, FlowKey};
 pub use record::{FlowFields, Source};
 pub use state::{State, Timeouts};
-pub use table::{FlowTable, FlowView, Full, Hit, MEMORY_PER_FLOW, NewFlowRecord, SourceChoice};
+pub use table::{FlowTable, Full, Hit, MEMORY_PER_FLOW, NewFlowRecord, SourceChoice};
+pub use view::FlowView;

@@ -19,6 +19,8 @@ use crate::table::{EndpointSlot, FrontendKind, PortSlot, Slots};
 /// Bytes of memory that a flow takes: its record and its share of an index at most half full.
 pub const MEMORY_PER_FLOW: usize = size_of::<Record>() + 16;
 
+const _: () = assert!(MEMORY_PER_FLOW <= 128);
+
 /// Records looked at for a victim when the table is full.
 const VICTIM_SEARCH: usize = 64;
 /// Unanswered opens idle for this many milliseconds may be pushed out of a full table.
@@ -86,37 +88,6 @@ impl Hit {
     pub fn state(&self) -> State {
         self.snapshot.state()
     }
-}
-
-/// A flow as `get flows` shows it.
-#[derive(Clone, Debug)]
-pub struct FlowView {
-    /// Protocol.
-    pub protocol: Protocol,
-    /// Client address and port.
-    pub client: SocketAddr,
-    /// Frontend that was dialled.
-    pub frontend: SocketAddr,
-    /// Kind of that frontend.
-    pub kind: FrontendKind,
-    /// Endpoint.
-    pub endpoint: SocketAddr,
-    /// Source that the endpoint sees, when it is not the client.
-    pub masquerade: Option<SocketAddr>,
-    /// State name.
-    pub state: &'static str,
-    /// Seconds since it opened.
-    pub age_seconds: u32,
-    /// Milliseconds since its last packet.
-    pub idle_ms: u32,
-    /// Bytes of IP packets by direction.
-    pub bytes: [u64; 2],
-    /// Packets by direction, modulo 2^32.
-    pub packets: [u32; 2],
-    /// Counters of the Service port.
-    pub port_slot: PortSlot,
-    /// Counters of the endpoint.
-    pub endpoint_slot: EndpointSlot,
 }
 
 /// What only the holder of the lock changes.
@@ -281,30 +252,9 @@ impl FlowTable {
         self.lock().used as usize
     }
 
-    /// Every flow, as it is when the iterator comes to it.
-    pub fn views(&self, now_ms: u64) -> impl Iterator<Item = FlowView> {
-        let used = self.used();
-        self.records[..used].iter().filter_map(move |record| {
-            let snapshot = record.read()?;
-            let fields = &snapshot.fields;
-            let (bytes, packets) = record.traffic();
-            let reply = fields.reply(&self.masquerade);
-            Some(FlowView {
-                protocol: fields.request.protocol,
-                client: fields.request.source(),
-                frontend: fields.request.destination(),
-                kind: fields.frontend,
-                endpoint: reply.source(),
-                masquerade: (fields.source != Source::Preserved).then(|| reply.destination()),
-                state: snapshot.state().name(),
-                age_seconds: ((now_ms / 1000) as u32).wrapping_sub(fields.opened),
-                idle_ms: record.idle_ms(now_ms as u32),
-                bytes,
-                packets,
-                port_slot: fields.port_slot,
-                endpoint_slot: fields.endpoint_slot,
-            })
-        })
+    /// Records in use or used before.
+    pub(super) fn records(&self) -> &[Record] {
+        &self.records[..self.used()]
     }
 
     fn lock(&self) -> MutexGuard<'_, Writer> {
@@ -405,5 +355,64 @@ impl FlowTable {
         let (source, other) = closing.ok_or(Full::Ports)?;
         self.end(writer, &other);
         Ok(source)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn new_flow(client: u16, endpoint: u8) -> NewFlowRecord {
+        let request = FlowKey {
+            source: Address::from_v4([10, 0, 0, 1]),
+            destination: Address::from_v4([10, 96, 0, 1]),
+            source_port: client,
+            destination_port: 80,
+            protocol: Protocol::Tcp,
+        };
+        NewFlowRecord {
+            request,
+            endpoint: SocketAddr::from(([10, 1, 0, endpoint], 8080)),
+            endpoint_slot: EndpointSlot(u32::from(endpoint)),
+            port_slot: PortSlot(1),
+            frontend: FrontendKind::ClusterIp,
+            state: State::Opening,
+        }
+    }
+
+    /// Threads open, find and close flows of their own while all share one small, crowded index: what a thread opened it
+    /// finds, in both directions, and nothing it closed.
+    #[test]
+    fn threads_never_see_each_others_flows() {
+        let slots = Arc::new(Slots::new(1));
+        let masquerade = vec![Address::from_v4([192, 168, 0, 1])];
+        let table = FlowTable::new(256, Arc::clone(&slots), masquerade, 61000..=61999);
+        std::thread::scope(|scope| {
+            for thread in 0..4u16 {
+                let table = &table;
+                scope.spawn(move || {
+                    let mut rng = fastrand::Rng::with_seed(u64::from(thread));
+                    let mut mine: Vec<(NewFlowRecord, Hit)> = Vec::new();
+                    for round in 0..20_000u16 {
+                        if mine.len() < 50 && rng.bool() {
+                            let new = new_flow(thread << 14 | round & 0x3fff, rng.u8(1..4));
+                            let source = if rng.bool() { SourceChoice::Preserve } else { SourceChoice::Masquerade(0) };
+                            mine.push((new, table.open(&new, source, 0).expect("there is room")));
+                        } else if !mine.is_empty() {
+                            let (new, hit) = mine.swap_remove(rng.usize(..mine.len()));
+                            let found = table.find(&new.request).expect("it is open");
+                            assert_eq!(found.fields(), hit.fields());
+                            let reply = table.find(&hit.fields().reply(table.masquerade())).expect("replies find it");
+                            assert_eq!((reply.fields(), reply.direction), (hit.fields(), Direction::Reply));
+                            table.close(&hit);
+                            assert!(table.find(&new.request).is_none());
+                        }
+                    }
+                    mine.iter().for_each(|(_, hit)| table.close(hit));
+                });
+            }
+        });
+        assert!(table.is_empty());
+        assert!((1..4).all(|slot| slots.active(EndpointSlot(slot)) == 0));
     }
 }

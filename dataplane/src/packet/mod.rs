@@ -9,3 +9,6 @@ pub mod vnet;
 
 pub use rewrite::Translation;
 pub use view::{Malformed, Packet, Transport};
+
+#[cfg(test)]
+mod properties;

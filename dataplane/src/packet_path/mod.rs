@@ -11,3 +11,6 @@ pub use shared::{Settings, Shared};
 pub use thread::PacketPath;
 pub use tun::Tun;
 pub use worker::{Action, Worker};
+
+#[cfg(test)]
+mod tests;
