@@ -12,7 +12,7 @@ use super::index::{Entry, Index, MAX_RECORDS};
 use super::memory::zeroed;
 use super::record::{FlowFields, Record, Snapshot, Source};
 use super::{Address, FlowKey, State, Timeouts};
-use crate::net::{Direction, Protocol};
+use crate::net::Direction;
 use crate::packet::view::Tcp;
 use crate::table::{EndpointSlot, FrontendKind, PortSlot, Slots};
 
@@ -361,6 +361,7 @@ impl FlowTable {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::net::Protocol;
 
     fn new_flow(client: u16, endpoint: u8) -> NewFlowRecord {
         let request = FlowKey {

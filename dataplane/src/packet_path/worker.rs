@@ -108,11 +108,13 @@ impl Worker {
             Some(tcp) => flows.see_tcp(&hit, &tcp, packet.length, now_ms),
             None => flows.see_datagram(&hit, packet.length, now_ms),
         }
-        let counters = self.shared.slots.endpoint(self.thread, hit.fields().endpoint_slot);
-        let at = hit.direction.index();
-        // Only this thread writes these cells.
-        counters.bytes[at].store(counters.bytes[at].load(Relaxed) + packet.length as u64, Relaxed);
-        counters.packets[at].store(counters.packets[at].load(Relaxed) + 1, Relaxed);
+        let (slots, at) = (&self.shared.slots, hit.direction.index());
+        let endpoint = slots.endpoint(self.thread, hit.fields().endpoint_slot);
+        let port = slots.port(self.thread, hit.fields().port_slot);
+        for (bytes, packets) in [(&endpoint.bytes, &endpoint.packets), (&port.bytes, &port.packets)] {
+            count(&bytes[at], packet.length as u64);
+            count(&packets[at], 1);
+        }
         Ok(Action::Send)
     }
 
@@ -153,11 +155,11 @@ impl Worker {
         match (decision.verdict, decision.frontend) {
             (Verdict::Pass, _) => Ok(Opened::Not(Action::Send)),
             (Verdict::Drop, _) => {
-                port.inspect(|port| count(&port.dropped));
+                port.inspect(|port| count(&port.dropped, 1));
                 Err(Drop::Rule)
             }
             (Verdict::Reject, _) | (Verdict::Forward { .. }, None) => {
-                port.inspect(|port| count(&port.rejected));
+                port.inspect(|port| count(&port.rejected, 1));
                 refuse(bytes, packet, &mut self.answer[..]).map(Opened::Not)
             }
             (Verdict::Forward { endpoints, masquerade }, Some(frontend)) => {
@@ -173,8 +175,8 @@ impl Worker {
                 };
                 let hit = open_at(&self.shared, new, endpoints, chosen, masquerade, now_ms)?;
                 let endpoint = self.shared.slots.endpoint(self.thread, hit.fields().endpoint_slot);
-                count(&endpoint.opened);
-                port.inspect(|port| count(&port.opened[frontend.kind as usize]));
+                count(&endpoint.opened, 1);
+                port.inspect(|port| count(&port.opened[frontend.kind as usize], 1));
                 Ok(Opened::Flow(hit))
             }
         }
@@ -258,7 +260,7 @@ fn refuse(bytes: &[u8], packet: &Packet, answer: &mut [u8]) -> Result<Action, Dr
     Ok(Action::Answer(vnet::LEN + length))
 }
 
-/// Adds one to a cell that only this thread writes.
-fn count(cell: &std::sync::atomic::AtomicU64) {
-    cell.store(cell.load(Relaxed) + 1, Relaxed);
+/// Adds to a cell that only this thread writes.
+fn count(cell: &std::sync::atomic::AtomicU64, more: u64) {
+    cell.store(cell.load(Relaxed) + more, Relaxed);
 }

@@ -14,7 +14,7 @@ use ipnet::IpNet;
 use serde::Serialize;
 
 pub use build::{Conflict, TableBuilder};
-pub use slots::{EndpointCounters, EndpointSlot, PortCounters, PortSlot, Slots, Totals};
+pub use slots::{EndpointCounters, EndpointSlot, PortCounters, PortSlot, PortTotals, Slots, Totals};
 pub use spec::{Balancing, EndpointList, NodeSpec, PortSpec, ServiceName, ServiceSpec, TrafficPolicy};
 
 use crate::net::{Family, Protocol};

@@ -54,7 +54,8 @@ pub struct EndpointCounters {
     pub packets: [AtomicU64; 2],
 }
 
-/// What one thread counted for one Service port. A cache line of its own.
+/// What one thread counted for one Service port. Cache lines of its own. Bytes and packets stand here too, since endpoints
+/// come and go.
 #[derive(Default)]
 #[repr(align(64))]
 pub struct PortCounters {
@@ -64,6 +65,10 @@ pub struct PortCounters {
     pub rejected: AtomicU64,
     /// Flows dropped by a rule.
     pub dropped: AtomicU64,
+    /// Bytes of IP packets, by direction.
+    pub bytes: [AtomicU64; 2],
+    /// Packets, by direction (a segmentation-offloaded packet counts once).
+    pub packets: [AtomicU64; 2],
 }
 
 /// State that all threads share of one endpoint.
@@ -77,7 +82,22 @@ struct EndpointShared {
     source_ports: AtomicU32,
 }
 
-/// Sums over all threads.
+/// Sums over all threads for a Service port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PortTotals {
+    /// Flows opened, by frontend kind.
+    pub opened: [u64; 4],
+    /// Flows refused for want of endpoints or by a rule.
+    pub rejected: u64,
+    /// Flows dropped by a rule.
+    pub dropped: u64,
+    /// Bytes of IP packets, by direction.
+    pub bytes: [u64; 2],
+    /// Packets, by direction.
+    pub packets: [u64; 2],
+}
+
+/// Sums over all threads for an endpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
     /// Flows opened.
@@ -174,17 +194,21 @@ impl Slots {
         sum
     }
 
-    /// Flows opened of a Service port by frontend kind, then flows rejected and dropped.
-    pub fn port_totals(&self, slot: PortSlot) -> ([u64; 4], u64, u64) {
-        let (mut opened, mut rejected, mut dropped) = ([0; 4], 0, 0);
+    /// Sums for a Service port.
+    pub fn port_totals(&self, slot: PortSlot) -> PortTotals {
+        let mut sum = PortTotals::default();
         for cells in self.threads.iter().filter_map(|thread| thread.ports.peek(slot.0)) {
-            for kind in FrontendKind::ALL {
-                opened[kind as usize] += cells.opened[kind as usize].load(Relaxed);
+            for kind in FrontendKind::ALL.map(|kind| kind as usize) {
+                sum.opened[kind] += cells.opened[kind].load(Relaxed);
             }
-            rejected += cells.rejected.load(Relaxed);
-            dropped += cells.dropped.load(Relaxed);
+            sum.rejected += cells.rejected.load(Relaxed);
+            sum.dropped += cells.dropped.load(Relaxed);
+            for direction in [Direction::Request, Direction::Reply].map(Direction::index) {
+                sum.bytes[direction] += cells.bytes[direction].load(Relaxed);
+                sum.packets[direction] += cells.packets[direction].load(Relaxed);
+            }
         }
-        (opened, rejected, dropped)
+        sum
     }
 
     /// Zeroes an endpoint's cells before the slot serves another endpoint. No flow may hold the slot.
@@ -199,7 +223,8 @@ impl Slots {
     /// Zeroes a Service port's cells before the slot serves another one.
     pub(super) fn clear_port(&self, slot: PortSlot) {
         for cells in self.threads.iter().filter_map(|thread| thread.ports.peek(slot.0)) {
-            for cell in cells.opened.iter().chain([&cells.rejected, &cells.dropped]) {
+            let traffic = cells.bytes.iter().chain(&cells.packets);
+            for cell in cells.opened.iter().chain([&cells.rejected, &cells.dropped]).chain(traffic) {
                 cell.store(0, Relaxed);
             }
         }
