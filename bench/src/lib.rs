@@ -1,1 +1,10 @@
-//! Load generators and topologies.
+//! Load generators and topologies: network namespaces that play nodes, Pods and clients, servers that answer with their
+//! name, and clients that count who answered. Used by `sluice-bench`, by `sluice demo` and by the whole-program tests.
+
+pub mod client;
+pub mod link;
+pub mod load;
+pub mod netns;
+pub mod pattern;
+pub mod serve;
+pub mod topology;
