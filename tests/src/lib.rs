@@ -1,1 +1,30 @@
-//! Helpers of the whole-program tests.
+//! Helpers of the whole-program tests: they drive the built programs from outside, as a user would.
+
+pub mod cluster;
+pub mod manifests;
+
+use std::path::PathBuf;
+
+/// The built `sluice` program of the profile that this test was built in.
+///
+/// # Panics
+/// When it is not built: `scripts/test` builds it first.
+#[must_use]
+pub fn sluice_binary() -> PathBuf {
+    let test = std::env::current_exe().expect("a running program has a path");
+    // target/PROFILE/deps/TEST
+    let profile = test.ancestors().nth(2).expect("a test lies in target/PROFILE/deps");
+    let sluice = profile.join("sluice");
+    assert!(sluice.exists(), "{} is not built: run scripts/test, or cargo build --workspace --bins", sluice.display());
+    sluice
+}
+
+/// Whether network namespaces and a TUN can be had here; when not, says on stderr what is left untested.
+#[must_use]
+pub fn can_run_in_namespaces(what: &str) -> bool {
+    let able = sluice_bench::netns::is_privileged() && std::path::Path::new("/dev/net/tun").exists();
+    if !able {
+        eprintln!("not tested: {what}: needs root (CAP_SYS_ADMIN, CAP_NET_ADMIN) and /dev/net/tun");
+    }
+    able
+}

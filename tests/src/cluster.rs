@@ -1,0 +1,250 @@
+//! One node with Pods and an outside client in network namespaces, and the daemon under test on the node.
+
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use sluice_bench::client;
+use sluice_bench::netns::NetNs;
+use sluice_bench::serve::PodServer;
+use sluice_bench::topology::{Pod, Topology, TopologyConfig};
+
+use crate::{manifests, sluice_binary};
+
+/// Where the daemon's admin API listens, inside the node's namespace.
+pub const ADMIN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10249);
+/// Bound on anything that should be done in a moment.
+pub const SOON: Duration = Duration::from_secs(10);
+
+/// A Pod that serves HTTP on 8080 and answers datagrams on 5353.
+pub struct ServingPod {
+    /// Its namespace and addresses.
+    pub pod: Pod,
+    /// Its servers.
+    pub server: PodServer,
+}
+
+/// The whole set-up. Dropping it stops the daemon and removes everything.
+pub struct Cluster {
+    /// Namespaces.
+    pub topology: Topology,
+    /// Pods, the first made first.
+    pub pods: Vec<ServingPod>,
+    folder: tempfile::TempDir,
+    daemon: Option<Child>,
+    arguments: Vec<String>,
+}
+
+impl Cluster {
+    /// A node without a daemon and without Pods.
+    pub fn new() -> Result<Self> {
+        let folder = tempfile::tempdir().context("a folder for manifests and state")?;
+        fs::create_dir(folder.path().join("manifests"))?;
+        fs::write(folder.path().join("config.yaml"), "localControllers: false\n")?;
+        let topology = Topology::new(TopologyConfig::default())?;
+        let cluster = Self { topology, pods: Vec::new(), folder, daemon: None, arguments: Vec::new() };
+        let addresses: Vec<IpAddr> = cluster.topology.config.node.iter().map(ipnet::IpNet::addr).collect();
+        cluster.write("node.json", &[manifests::node(&addresses)])?;
+        Ok(cluster)
+    }
+
+    /// A node with `pods` Pods behind the Service `web` (see [`manifests::service`]) and the daemon running.
+    pub fn with_web(pods: u8) -> Result<Self> {
+        let mut cluster = Self::new()?;
+        for number in 1..=pods {
+            cluster.add_pod(number)?;
+        }
+        cluster.publish_web(0..usize::from(pods))?;
+        cluster.start()?;
+        Ok(cluster)
+    }
+
+    /// Flags that every later start of the daemon gets too.
+    pub fn arguments(&mut self, arguments: &[&str]) {
+        self.arguments = arguments.iter().map(|text| (*text).to_owned()).collect();
+    }
+
+    /// Adds Pod `web-NUMBER` with the addresses 10.244.0.NUMBER and fd00:10:244::NUMBER.
+    pub fn add_pod(&mut self, number: u8) -> Result<()> {
+        let name = format!("web-{number}");
+        let addresses = [
+            IpAddr::V4(Ipv4Addr::new(10, 244, 0, number)),
+            IpAddr::V6(Ipv6Addr::new(0xfd00, 0x10, 0x244, 0, 0, 0, 0, number.into())),
+        ];
+        let pod = self.topology.add_pod(&name, &addresses)?;
+        let server = PodServer::start(&pod.ns, &name, &[8080], &[5353])?;
+        self.pods.push(ServingPod { pod, server });
+        Ok(())
+    }
+
+    /// Publishes the Service `web` with the Pods of these positions as endpoints.
+    pub fn publish_web(&self, pods: impl IntoIterator<Item = usize>) -> Result<()> {
+        let pods: Vec<(String, Vec<IpAddr>)> = pods
+            .into_iter()
+            .map(|position| (self.pods[position].pod.name.clone(), self.pods[position].pod.addresses.clone()))
+            .collect();
+        let mut objects = vec![manifests::service("web", 10)];
+        objects.extend(manifests::slices("web", &pods));
+        self.write("web.json", &objects)
+    }
+
+    /// Writes a manifest file as a whole, as tools do: beside it, then renamed.
+    pub fn write(&self, name: &str, objects: &[Value]) -> Result<()> {
+        let list = serde_json::json!({"apiVersion": "v1", "kind": "List", "items": objects});
+        self.write_text(name, &serde_json::to_string(&list)?)
+    }
+
+    /// Writes a manifest file with this text.
+    pub fn write_text(&self, name: &str, text: &str) -> Result<()> {
+        let hidden = self.manifests().join(format!(".{name}.new"));
+        fs::write(&hidden, text)?;
+        fs::rename(&hidden, self.manifests().join(name)).with_context(|| format!("cannot write {name}"))
+    }
+
+    /// The folder of manifests.
+    #[must_use]
+    pub fn manifests(&self) -> PathBuf {
+        self.folder.path().join("manifests")
+    }
+
+    /// The command `sluice run` for this node, not started.
+    #[must_use]
+    pub fn run_command(&self, state: &str) -> Command {
+        let mut command = self.topology.node.command(sluice_binary());
+        command.arg("run").arg("--manifests").arg(self.manifests());
+        command.arg("--config").arg(self.folder.path().join("config.yaml"));
+        command.args(["--node-name", manifests::NODE, "--state-dir"]).arg(self.folder.path().join(state));
+        command.args(&self.arguments);
+        command
+    }
+
+    /// Starts the daemon and waits until it serves.
+    pub fn start(&mut self) -> Result<()> {
+        let log = fs::File::create(self.folder.path().join("daemon.log"))?;
+        self.daemon = Some(self.run_command("state").stderr(log).stdout(Stdio::null()).spawn()?);
+        let deadline = Instant::now() + SOON;
+        while self.generation().is_err() {
+            if let Some(status) = self.daemon.as_mut().and_then(|daemon| daemon.try_wait().transpose()) {
+                bail!("the daemon ended: {}\n{}", status?, self.log());
+            }
+            ensure!(Instant::now() < deadline, "the daemon does not get ready\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
+    /// Ends the daemon with this signal and returns its exit code.
+    pub fn stop(&mut self, signal: Signal) -> Result<Option<i32>> {
+        let mut daemon = self.daemon.take().context("no daemon runs")?;
+        kill(Pid::from_raw(daemon.id().try_into()?), signal)?;
+        Ok(daemon.wait()?.code())
+    }
+
+    /// What the daemon has written to its log.
+    #[must_use]
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.folder.path().join("daemon.log")).unwrap_or_default()
+    }
+
+    /// Answer of the daemon's admin API.
+    pub fn admin(&self, path: &str) -> Result<String> {
+        let answer = self.topology.node.run(|| Ok(client::get(ADMIN, path, SOON)))?;
+        answer.map_err(|failure| anyhow::anyhow!("GET {path}: {failure}"))
+    }
+
+    /// Value of a metric whose line starts with this text (name and labels up to where they differ).
+    pub fn metric(&self, start: &str) -> Result<f64> {
+        let text = self.sluice(&["get", "metrics"]).or_else(|_| self.admin("/metrics"))?;
+        let lines = text.lines().filter(|line| line.starts_with(start));
+        let values = lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
+        Ok(values.sum())
+    }
+
+    /// Generation of the routing table in force; an error before the first.
+    pub fn generation(&self) -> Result<u64> {
+        let health = self.topology.node.run(|| Ok(client::get(ADMIN, "/healthz", SOON)))?;
+        ensure!(health.is_ok(), "not healthy");
+        let text = self.admin("/metrics")?;
+        let line = text.lines().find(|line| line.starts_with("sluice_table_generation ")).context("no generation yet")?;
+        let value: f64 = line.rsplit(' ').next().context("no value")?.parse()?;
+        ensure!(value >= 1.0, "no table yet");
+        Ok(value as u64)
+    }
+
+    /// Waits until a table later than this one is in force.
+    pub fn wait_for_table_after(&self, generation: u64) -> Result<u64> {
+        let deadline = Instant::now() + SOON;
+        loop {
+            let now = self.generation()?;
+            if now > generation {
+                return Ok(now);
+            }
+            ensure!(Instant::now() < deadline, "no table after {generation}\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Runs `sluice` with these arguments in the node's namespace and returns what it prints.
+    pub fn sluice(&self, arguments: &[&str]) -> Result<String> {
+        self.output(sluice_binary(), arguments)
+    }
+
+    /// Runs a program in the node's namespace and returns what it prints.
+    pub fn output(&self, program: impl AsRef<std::ffi::OsStr>, arguments: &[&str]) -> Result<String> {
+        let output = self.topology.node.command(program).args(arguments).output()?;
+        let error = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{arguments:?}: {}: {error}", output.status);
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// All that a daemon may change on its host, as text: links, routes, rules, nftables, reserved ports.
+    pub fn host_state(&self) -> Result<String> {
+        let mut text = String::new();
+        for arguments in [
+            &["-o", "link"][..],
+            &["rule"],
+            &["-6", "rule"],
+            &["route", "show", "table", "all"],
+            &["-6", "route", "show", "table", "all"],
+        ] {
+            text += &self.output("ip", arguments)?;
+        }
+        text += &self.output("nft", &["list", "ruleset"])?;
+        let reserved = self.topology.node.run(|| Ok(fs::read_to_string("/proc/sys/net/ipv4/ip_local_reserved_ports")?));
+        Ok(text + &reserved?)
+    }
+
+    /// Where the Service `web` answers in this family: ClusterIP, node port, load-balancer address.
+    #[must_use]
+    pub fn web(&self, v4: bool) -> [SocketAddr; 3] {
+        let node = self.topology.node_address(v4).expect("the node has both families");
+        let (cluster_ip, load_balancer) = if v4 { ("10.96.0.10", "172.31.0.10") } else { ("fd00:96::a", "fd00:31::a") };
+        let address = |text: &str| text.parse::<IpAddr>().expect("a constant address");
+        [(address(cluster_ip), 80), (node, 30010), (address(load_balancer), 80)].map(SocketAddr::from)
+    }
+
+    /// Namespaces of the kinds of client: a Pod, the node, the outside.
+    #[must_use]
+    pub fn clients(&self) -> [(&'static str, &NetNs); 3] {
+        [("pod", &self.pods[0].pod.ns), ("node", &self.topology.node), ("outside", &self.topology.client)]
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if let Some(mut daemon) = self.daemon.take() {
+            // It is killed with its namespace; nothing is left to report to.
+            let _ = daemon.kill();
+            let _ = daemon.wait();
+        }
+        if std::thread::panicking() {
+            eprintln!("--- the daemon's log\n{}", self.log());
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! The daemon's life: set-up and clean removal, bad input, refusals with the right exit code, what it tells of itself.
+#![allow(clippy::unwrap_used)]
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use sluice_bench::client::{Target, ask};
+use sluice_tests::can_run_in_namespaces;
+use sluice_tests::cluster::{Cluster, SOON};
+
+fn answers(cluster: &Cluster) -> bool {
+    let target = Target::Http(cluster.web(true)[0]);
+    cluster.topology.client.run(|| Ok(ask(target, SOON).result.is_ok())).unwrap()
+}
+
+#[test]
+fn a_clean_stop_leaves_the_host_as_it_was_and_a_crash_is_repaired() {
+    if !can_run_in_namespaces("host set-up and removal") {
+        return;
+    }
+    let mut cluster = Cluster::new().unwrap();
+    cluster.add_pod(1).unwrap();
+    cluster.publish_web(0..1).unwrap();
+    // Something of somebody else's, to be left alone.
+    cluster.output("nft", &["add", "table", "inet", "theirs"]).unwrap();
+    cluster.output("ip", &["rule", "add", "pref", "77", "to", "203.0.113.1", "lookup", "main"]).unwrap();
+    let before = cluster.host_state().unwrap();
+    cluster.start().unwrap();
+    assert!(answers(&cluster));
+    let during = cluster.host_state().unwrap();
+    assert_eq!(cluster.stop(Signal::SIGKILL).unwrap(), None);
+    cluster.start().unwrap();
+    assert!(answers(&cluster));
+    assert_eq!(masked(&cluster.host_state().unwrap()), masked(&during), "set up once, not twice");
+    assert_eq!(cluster.stop(Signal::SIGTERM).unwrap(), Some(0), "{}", cluster.log());
+    assert_eq!(cluster.host_state().unwrap(), before);
+    cluster.start().unwrap();
+    assert_eq!(cluster.stop(Signal::SIGKILL).unwrap(), None);
+    cluster.sluice(&["cleanup"]).unwrap();
+    assert_eq!(cluster.host_state().unwrap(), before, "cleanup removes what a crash left");
+}
+
+/// Without what differs from link to link of one name: its index.
+fn masked(state: &str) -> String {
+    let line = |line: &str| match line.split_once(": sluice0:") {
+        Some((_, rest)) => format!("sluice0:{rest}"),
+        None => line.to_owned(),
+    };
+    state.lines().map(line).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn a_second_daemon_is_refused() {
+    if !can_run_in_namespaces("two daemons") {
+        return;
+    }
+    let cluster = Cluster::with_web(1).unwrap();
+    for state in ["state", "other-state"] {
+        let output = cluster.run_command(state).args(["--admin", "127.0.0.1:10399"]).output().unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(3), "{state}: {error}");
+        assert!(error.contains("another"), "{error}");
+    }
+    assert!(answers(&cluster), "the first one is untouched");
+}
+
+#[test]
+fn a_bad_file_is_named_and_changes_nothing() {
+    if !can_run_in_namespaces("bad manifests in a running daemon") {
+        return;
+    }
+    let cluster = Cluster::with_web(1).unwrap();
+    let whole = std::fs::read_to_string(cluster.manifests().join("web.json")).unwrap();
+    let rows = [
+        (whole[..whole.len() / 2].to_owned(), ""),
+        (whole.replace("\"port\":80,", "\"port\":\"eighty\","), "spec.ports[0].port"),
+        ("kind: [".to_owned(), ""),
+    ];
+    for (text, field) in rows {
+        cluster.write_text("web.json", &text).unwrap();
+        let problem = |problems: &Value| {
+            let text = problems.to_string();
+            (text.contains("web.json") && text.contains(field)).then_some(())
+        };
+        wait_for(&cluster, "/api/v1/problems", problem);
+        assert!(answers(&cluster), "the last good objects stay in force after {text:.40}");
+    }
+    std::fs::remove_file(cluster.manifests().join("web.json")).unwrap();
+    wait_for(&cluster, "/api/v1/problems", |problems| problems.to_string().contains("web.json").then_some(()));
+    assert!(answers(&cluster), "a deleted file is reported, its objects stay");
+    cluster.write_text("web.json", &whole).unwrap();
+    wait_for(&cluster, "/api/v1/problems", |problems| (!problems.to_string().contains("web.json")).then_some(()));
+    assert!(answers(&cluster));
+}
+
+fn wait_for(cluster: &Cluster, path: &str, accept: impl Fn(&Value) -> Option<()>) {
+    let deadline = std::time::Instant::now() + SOON;
+    loop {
+        let answer: Value = serde_json::from_str(&cluster.admin(path).unwrap()).unwrap();
+        if accept(&answer).is_some() {
+            return;
+        }
+        assert!(std::time::Instant::now() < deadline, "{path}: {answer}\n{}", cluster.log());
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn the_daemon_tells_what_it_does() {
+    if !can_run_in_namespaces("admin API") {
+        return;
+    }
+    let cluster = Cluster::with_web(2).unwrap();
+    for _ in 0..20 {
+        assert!(answers(&cluster));
+    }
+    for what in ["services", "endpoints", "frontends", "flows"] {
+        let table = cluster.sluice(&["get", what]).unwrap();
+        assert!(table.contains("web") || what == "flows", "{what}: {table}");
+        let json: Value = serde_json::from_str(&cluster.sluice(&["get", what, "-o", "json"]).unwrap()).unwrap();
+        assert!(json.is_array() || json.is_object(), "{what}: {json}");
+        cluster.sluice(&["get", what, "-o", "wide"]).unwrap();
+        cluster.sluice(&["get", what, "-o", "yaml"]).unwrap();
+    }
+    let trace = ["trace", "--from", "10.244.0.7", "--to", "10.96.0.10:80", "--admin", "127.0.0.1:10249", "-o", "json"];
+    let answer: Value = serde_json::from_str(&cluster.sluice(&trace).unwrap()).unwrap();
+    assert_eq!(answer["outcome"], "forward");
+    assert_eq!(answer["service"], "default/web");
+    assert_eq!(answer["endpoints"], serde_json::json!(["10.244.0.1:8080", "10.244.0.2:8080"]));
+    assert_eq!(answer["masquerade"], false);
+    assert_eq!(cluster.metric("sluice_flows_opened_total{").unwrap(), 20.0);
+    for health in ["/healthz", "/livez"] {
+        assert!(cluster.admin(health).is_ok(), "{health}");
+    }
+    let output = cluster.topology.client.command(sluice_tests::sluice_binary()).args(["get", "flows"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(3), "no daemon there");
+}
