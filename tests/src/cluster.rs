@@ -171,7 +171,8 @@ impl Cluster {
         let health = self.topology.node.run(|| Ok(client::get(ADMIN, "/healthz", SOON)))?;
         ensure!(health.is_ok(), "not healthy");
         let text = self.admin("/metrics")?;
-        let line = text.lines().find(|line| line.starts_with("sluice_table_generation ")).context("no generation yet")?;
+        let line =
+            text.lines().find(|line| line.starts_with("sluice_table_generation ")).context("no generation yet")?;
         let value: f64 = line.rsplit(' ').next().context("no value")?.parse()?;
         ensure!(value >= 1.0, "no table yet");
         Ok(value as u64)

@@ -131,6 +131,7 @@ fn the_daemon_tells_what_it_does() {
     for health in ["/healthz", "/livez"] {
         assert!(cluster.admin(health).is_ok(), "{health}");
     }
-    let output = cluster.topology.client.command(sluice_tests::sluice_binary()).args(["get", "flows"]).output().unwrap();
+    let output =
+        cluster.topology.client.command(sluice_tests::sluice_binary()).args(["get", "flows"]).output().unwrap();
     assert_eq!(output.status.code(), Some(3), "no daemon there");
 }

@@ -8,6 +8,7 @@ use arc_swap::ArcSwap;
 
 use crate::flow::{Address, FlowTable, FlowView};
 use crate::packet_path::drops::{Drop, Drops};
+use crate::select::Affinity;
 use crate::table::{RoutingTable, Slots};
 
 /// Settings of a packet path, fixed for its life.
@@ -31,6 +32,7 @@ pub struct Shared {
     pub slots: Arc<Slots>,
     pub(super) table: Arc<ArcSwap<RoutingTable>>,
     pub(super) flows: FlowTable,
+    pub(super) affinity: Affinity,
     pub(super) drops: Box<[Drops]>,
     pub(super) settings: Settings,
 }
@@ -43,6 +45,7 @@ impl Shared {
         let ports = settings.masquerade_ports.clone();
         Arc::new(Self {
             flows: FlowTable::new(settings.flow_capacity, Arc::clone(&slots), masquerade, ports),
+            affinity: Affinity::default(),
             table: Arc::new(ArcSwap::from_pointee(RoutingTable::default())),
             drops: (0..settings.workers).map(|_| Drops::default()).collect(),
             slots,

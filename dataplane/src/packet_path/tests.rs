@@ -25,6 +25,7 @@ struct Path {
     shared: Arc<Shared>,
     worker: Worker,
     builder: TableBuilder,
+    affinity: Option<Duration>,
     now_ms: u64,
 }
 
@@ -46,7 +47,7 @@ impl Path {
             service_cidrs: vec!["10.96.0.0/16".parse().unwrap()],
             ..NodeSpec::default()
         });
-        Self { worker: Worker::new(Arc::clone(&shared), 0), shared, builder, now_ms: 1_000_000 }
+        Self { worker: Worker::new(Arc::clone(&shared), 0), shared, builder, affinity: None, now_ms: 1_000_000 }
     }
 
     /// Publishes one Service `FRONTEND` with node port 30080 on these endpoints.
@@ -66,7 +67,7 @@ impl Path {
             source_ranges_admit_vips: false,
             internal_policy: Default::default(),
             external_policy: Default::default(),
-            affinity: None::<Duration>,
+            affinity: self.affinity,
             balancing: Default::default(),
             cluster: list,
             local: EndpointList::default(),
@@ -226,6 +227,38 @@ fn a_datagram_never_goes_to_an_endpoint_that_is_gone() {
     assert_eq!(path.send(udp(CLIENT, FRONTEND)).unwrap().1, socket("10.244.1.2:53"));
     path.serve(Protocol::Udp, &["10.244.1.1:53", "10.244.1.2:53"]);
     assert_eq!(path.send(udp(CLIENT, FRONTEND)).unwrap().1, socket("10.244.1.2:53"), "a healthy one stays");
+}
+
+#[test]
+fn affinity_slides_with_each_flow_and_ends_with_its_endpoint() {
+    let mut path = Path::new(64);
+    path.affinity = Some(Duration::from_secs(10));
+    let endpoints = ["10.244.1.1:8080", "10.244.1.2:8080", "10.244.1.3:8080"];
+    path.serve(Protocol::Tcp, &endpoints);
+    let mut port = 1;
+    let mut next = |path: &mut Path| {
+        port += 1;
+        path.connect(&format!("10.244.0.9:{port}"), FRONTEND).1
+    };
+    let first = next(&mut path);
+    for _ in 0..5 {
+        path.now_ms += 9_000;
+        assert_eq!(next(&mut path), first);
+    }
+    let others: Vec<&str> = endpoints.into_iter().filter(|endpoint| socket(endpoint) != first).collect();
+    path.serve(Protocol::Tcp, &others);
+    let second = next(&mut path);
+    assert_ne!(second, first);
+    path.serve(Protocol::Tcp, &endpoints);
+    assert_eq!(next(&mut path), second, "the old endpoint is forgotten");
+    path.now_ms += 11_000;
+    let fresh: std::collections::HashSet<SocketAddr> = (0..8)
+        .map(|_| {
+            path.now_ms += 11_000;
+            next(&mut path)
+        })
+        .collect();
+    assert!(fresh.len() > 1, "after the timeout the choice is free");
 }
 
 #[test]

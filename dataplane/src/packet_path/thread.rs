@@ -124,5 +124,6 @@ fn sweep(shared: &Shared, stop: &AtomicBool) {
             shared.flows.sweep(now_ms(), step);
             left -= step;
         }
+        shared.affinity.sweep(now_ms());
     }
 }

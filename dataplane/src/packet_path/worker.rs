@@ -1,6 +1,7 @@
 //! The pure step of a packet thread: one packet and the time in, what to do with it out. No I/O, no clock, no allocation;
 //! a lock only where a flow begins or is missing.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -163,18 +164,25 @@ impl Worker {
                 refuse(bytes, packet, &mut self.answer[..]).map(Opened::Not)
             }
             (Verdict::Forward { endpoints, masquerade }, Some(frontend)) => {
-                let chosen =
-                    select(frontend.port.balancing, frontend.port.slot, endpoints, &self.shared.slots, &mut self.rng);
+                let (shared, slot) = (&self.shared, frontend.port.slot);
+                let sticky = frontend.port.affinity.map(|timeout| (timeout, key.source));
+                let chosen = sticky
+                    .and_then(|(_, client)| shared.affinity.recall(slot, client, endpoints, now_ms))
+                    .unwrap_or_else(|| select(frontend.port.balancing, slot, endpoints, &shared.slots, &mut self.rng));
                 let new = NewFlowRecord {
                     request: *key,
                     endpoint: endpoints[chosen].address,
                     endpoint_slot: endpoints[chosen].slot,
-                    port_slot: frontend.port.slot,
+                    port_slot: slot,
                     frontend: frontend.kind,
                     state: if tcp.is_some() { State::Opening } else { State::Unreplied },
                 };
-                let hit = open_at(&self.shared, new, endpoints, chosen, masquerade, now_ms)?;
-                let endpoint = self.shared.slots.endpoint(self.thread, hit.fields().endpoint_slot);
+                let hit = open_at(shared, new, endpoints, chosen, masquerade, now_ms)?;
+                if let Some((timeout, client)) = sticky {
+                    let endpoint = SocketAddr::new(hit.fields().endpoint.ip(), hit.fields().endpoint_port);
+                    shared.affinity.remember(slot, client, endpoint, timeout, now_ms);
+                }
+                let endpoint = shared.slots.endpoint(self.thread, hit.fields().endpoint_slot);
                 count(&endpoint.opened, 1);
                 port.inspect(|port| count(&port.opened[frontend.kind as usize], 1));
                 Ok(Opened::Flow(hit))

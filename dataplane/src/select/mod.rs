@@ -1,8 +1,11 @@
 //! Endpoint selection: which of the allowed endpoints a new flow gets. Called once a flow, never for a packet of one.
 
+mod affinity;
 mod least_connections;
 mod random;
 mod round_robin;
+
+pub use affinity::Affinity;
 
 use crate::table::{Balancing, Endpoint, PortSlot, Slots};
 

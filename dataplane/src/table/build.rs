@@ -144,8 +144,8 @@ impl TableBuilder {
         Arc::new(self.table.clone())
     }
 
-    /// Gives the slots of endpoints without flows back for other endpoints. Totals of theirs are lost with them, so
-    /// callers read them first.
+    /// Gives slots that were retired before the last call, and whose endpoints have no flows, back for others. Call it now
+    /// and then: between two calls every packet thread has seen a newer table.
     pub fn release_idle(&mut self) {
         let slots = &self.slots;
         self.endpoint_slots.release(|slot| {
@@ -278,14 +278,15 @@ fn slots_of(spec: &ServiceSpec) -> AHashSet<(PortName, Option<SocketAddr>)> {
 /// Numbers for names; a retired name keeps its number until it is released, and gets it back when it returns.
 struct Numbers<K> {
     by_name: AHashMap<K, u32>,
-    retired: AHashSet<K>,
+    /// Retired names, and whether a release has met them before.
+    retired: AHashMap<K, bool>,
     free: Vec<u32>,
     next: u32,
 }
 
 impl<K> Default for Numbers<K> {
     fn default() -> Self {
-        Self { by_name: AHashMap::new(), retired: AHashSet::new(), free: Vec::new(), next: 1 }
+        Self { by_name: AHashMap::new(), retired: AHashMap::new(), free: Vec::new(), next: 1 }
     }
 }
 
@@ -309,15 +310,15 @@ impl<K: Clone + Eq + std::hash::Hash> Numbers<K> {
 
     fn retire(&mut self, name: &K) -> Option<u32> {
         let number = self.get(name)?;
-        self.retired.insert(name.clone());
+        self.retired.insert(name.clone(), false);
         Some(number)
     }
 
     fn release(&mut self, mut may: impl FnMut(u32) -> bool) {
         let (by_name, free) = (&mut self.by_name, &mut self.free);
-        self.retired.retain(|name| {
+        self.retired.retain(|name, met| {
             let Some(number) = by_name.get(name).copied() else { return false };
-            let released = may(number);
+            let released = std::mem::replace(met, true) && may(number);
             if released {
                 by_name.remove(name);
                 free.push(number);
@@ -409,6 +410,8 @@ mod tests {
         let epoch = slots.epoch(busy);
         builder.set(spec("a", 1, "10.96.0.1", &["10.0.0.3:80"]));
         assert_ne!(slots.epoch(busy), epoch, "its UDP flows end");
+        builder.release_idle();
+        assert!(slot(&builder, "10.0.0.2:80").is_some(), "a thread may still use the last table");
         builder.release_idle();
         assert_eq!(slot(&builder, "10.0.0.1:80"), Some(busy));
         assert_eq!(slot(&builder, "10.0.0.2:80"), None, "the idle one is free");
