@@ -1,1 +1,15 @@
-//! Control side of Sluice.
+//! Control side of Sluice: objects in, routing tables out; host set-up, admin API and the `sluice` command.
+//!
+//! [`source`] reads objects, [`store`] keeps the last good ones ([`local`] adds what a cluster's controllers would),
+//! [`resolve`] turns one Service into plain data for the table, [`publish`] swaps the table in. This crate never sees a
+//! packet.
+
+pub mod config;
+pub mod local;
+pub mod node;
+pub mod object;
+pub mod problem;
+pub mod publish;
+pub mod resolve;
+pub mod source;
+pub mod store;

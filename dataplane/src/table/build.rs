@@ -70,6 +70,11 @@ impl TableBuilder {
         }
     }
 
+    /// What is known of the node.
+    pub fn node(&self) -> &NodeSpec {
+        self.table.node.spec()
+    }
+
     /// The services in force, in no order.
     pub fn services(&self) -> impl Iterator<Item = &ServiceSpec> {
         self.services.values().map(|owned| &owned.spec)

@@ -58,6 +58,15 @@ pub enum FrontendKey {
     NodePort(Family, Protocol, u16),
 }
 
+impl std::fmt::Display for FrontendKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Address(ip, protocol, port) => write!(f, "{} {protocol}", SocketAddr::new(*ip, *port)),
+            Self::NodePort(family, protocol, port) => write!(f, "node port {port} {protocol} ({family})"),
+        }
+    }
+}
+
 /// One frontend: what a client dials, and the Service port behind it.
 #[derive(Debug)]
 pub struct Frontend {

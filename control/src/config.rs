@@ -1,0 +1,274 @@
+//! Configuration: every key, its default and its unit. Flags override the file.
+
+use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Deserializer, Serialize};
+use sluice_dataplane::table::Balancing;
+
+const API_VERSION: &str = "sluice.dev/v1alpha1";
+const KIND: &str = "SluiceConfiguration";
+
+/// The whole configuration. An empty file is a valid one.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct Config {
+    /// `sluice.dev/v1alpha1`.
+    pub api_version: String,
+    /// `SluiceConfiguration`.
+    pub kind: String,
+    /// Name of the Node this runs on. Default: the host name, lower case.
+    pub node_name: Option<String>,
+    /// Sources inside are pods of the cluster. Default: the Node's `podCIDRs`.
+    #[serde(rename = "clusterCIDRs")]
+    pub cluster_cidrs: Option<Vec<IpNet>>,
+    /// Service ranges, besides those of ServiceCIDR objects. Default: with `localControllers` 10.96.0.0/16 and
+    /// fd00:10:96::/112, else none.
+    #[serde(rename = "serviceCIDRs")]
+    pub service_cidrs: Option<Vec<IpNet>>,
+    /// Folder source only: play the controllers' part where objects leave something open.
+    pub local_controllers: bool,
+    /// Folder source only: a deleted file takes its objects with it.
+    pub prune: bool,
+    /// Addresses on which node ports answer: `primary`, `all`, `localhost` or CIDRs.
+    pub node_port_addresses: Vec<NodePortAddress>,
+    /// Ports that node ports are taken from.
+    pub node_port_range: PortRange,
+    /// Source ports of masqueraded flows.
+    pub masquerade_ports: PortRange,
+    /// Masquerade every flow to a ClusterIP.
+    #[serde(rename = "masqueradeAll")]
+    pub masquerade_all: bool,
+    /// Serve the Services with this `service.kubernetes.io/service-proxy-name`; empty: those without the label.
+    pub service_proxy_name: String,
+    /// Endpoint selection where a Service does not choose.
+    pub balancing: Balancing,
+    /// Packet threads, each with a TUN queue. Default: one for each CPU, at most 8.
+    pub workers: Option<usize>,
+    /// Most flows at a time.
+    pub flow_table_size: usize,
+    /// Where state and lock are kept.
+    pub state_dir: PathBuf,
+    /// Where metrics and the admin API listen.
+    pub admin: SocketAddr,
+    /// Where `/healthz` and `/livez` listen.
+    pub health: SocketAddr,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            api_version: API_VERSION.to_owned(),
+            kind: KIND.to_owned(),
+            node_name: None,
+            cluster_cidrs: None,
+            service_cidrs: None,
+            local_controllers: true,
+            prune: false,
+            node_port_addresses: vec![NodePortAddress::Primary],
+            node_port_range: PortRange::new(30000, 32767),
+            masquerade_ports: PortRange::new(61000, 65534),
+            masquerade_all: false,
+            service_proxy_name: String::new(),
+            balancing: Balancing::default(),
+            workers: None,
+            flow_table_size: 1_000_000,
+            state_dir: PathBuf::from("/run/sluice"),
+            admin: SocketAddr::from(([127, 0, 0, 1], 10249)),
+            health: SocketAddr::from(([0, 0, 0, 0], 10256)),
+        }
+    }
+}
+
+impl Config {
+    /// Reads a file. The error names the file, the key and its line.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let fail = |reason: String| ConfigError { path: path.to_owned(), reason };
+        let text = std::fs::read_to_string(path).map_err(|error| fail(error.to_string()))?;
+        Self::parse(&text).map_err(fail)
+    }
+
+    fn parse(text: &str) -> Result<Self, String> {
+        let is_empty = text.lines().all(|line| matches!(line.trim(), "" | "---") || line.trim_start().starts_with('#'));
+        if is_empty {
+            return Ok(Self::default());
+        }
+        let config: Self = serde_saphyr::from_str(text).map_err(|error| error.to_string())?;
+        if config.api_version != API_VERSION {
+            return Err(format!("apiVersion: {:?} is not known: use {API_VERSION}", config.api_version));
+        }
+        if config.kind != KIND {
+            return Err(format!("kind: {:?} is not known: use {KIND}", config.kind));
+        }
+        if config.workers == Some(0) || config.workers.is_some_and(|workers| workers > 64) {
+            return Err("workers: use a number from 1 to 64".to_owned());
+        }
+        if config.flow_table_size == 0 {
+            return Err("flowTableSize: must be more than 0".to_owned());
+        }
+        Ok(config)
+    }
+
+    /// The node's name: configured, or the host's name in lower case.
+    #[must_use]
+    pub fn node_name(&self) -> String {
+        let host = || {
+            let name = nix::unistd::gethostname().unwrap_or_default();
+            name.to_string_lossy().trim().to_lowercase()
+        };
+        self.node_name.clone().unwrap_or_else(host)
+    }
+
+    /// Service ranges of the configuration, or their default.
+    #[must_use]
+    pub fn service_cidrs(&self) -> Vec<IpNet> {
+        let default = || {
+            let ranges: &[&str] = if self.local_controllers { &["10.96.0.0/16", "fd00:10:96::/112"] } else { &[] };
+            ranges.iter().map(|range| range.parse().expect("a constant range")).collect()
+        };
+        self.service_cidrs.clone().unwrap_or_else(default)
+    }
+}
+
+/// A configuration that cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {reason}", path.display())]
+pub struct ConfigError {
+    path: PathBuf,
+    reason: String,
+}
+
+/// One entry of `nodePortAddresses`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NodePortAddress {
+    /// The Node's first address of each family.
+    Primary,
+    /// Every address of the node but loopback.
+    All,
+    /// Loopback, for clients on the node itself.
+    Localhost,
+    /// Every address of the node inside.
+    Range(IpNet),
+}
+
+impl FromStr for NodePortAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "primary" => Ok(Self::Primary),
+            "all" => Ok(Self::All),
+            "localhost" => Ok(Self::Localhost),
+            text => text.parse().map(Self::Range).map_err(|_| {
+                format!("{text:?} is no node-port address: use primary, all, localhost or a CIDR such as 10.0.0.0/8")
+            }),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for NodePortAddress {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// A range of ports, written `30000-32767`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct PortRange {
+    /// First port.
+    pub first: u16,
+    /// Last port.
+    pub last: u16,
+}
+
+impl PortRange {
+    /// From both ends.
+    #[must_use]
+    pub const fn new(first: u16, last: u16) -> Self {
+        Self { first, last }
+    }
+
+    /// As a range.
+    #[must_use]
+    pub fn range(self) -> RangeInclusive<u16> {
+        self.first..=self.last
+    }
+}
+
+impl std::fmt::Display for PortRange {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}-{}", self.first, self.last)
+    }
+}
+
+impl FromStr for PortRange {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parse = || -> Option<Self> {
+            let (first, last) = text.split_once('-')?;
+            Some(Self::new(first.trim().parse().ok()?, last.trim().parse().ok()?))
+        };
+        // The kernel refuses port 0 and port 65535 in a policy rule.
+        parse().filter(|range| 0 < range.first && range.first <= range.last && range.last < u16::MAX).ok_or_else(|| {
+            format!("{text:?} is no port range: use two ports from 1 to 65534, the lower first, such as 30000-32767")
+        })
+    }
+}
+
+impl<'de> Deserialize<'de> for PortRange {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// The first address of a family, as Kubernetes' `primary` means it.
+#[must_use]
+pub fn first_of_family(addresses: &[IpAddr], ipv4: bool) -> Option<IpAddr> {
+    addresses.iter().copied().find(|address| address.is_ipv4() == ipv4)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_file_and_comments_are_the_defaults() {
+        for text in ["", "\n", "# nothing\n", "---\n"] {
+            assert_eq!(Config::parse(text), Ok(Config::default()), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn every_key_is_read() {
+        let text = "apiVersion: sluice.dev/v1alpha1\nkind: SluiceConfiguration\nnodeName: n\nclusterCIDRs: [10.0.0.0/8]\n\
+            serviceCIDRs: [10.96.0.0/16]\nlocalControllers: false\nprune: true\nnodePortAddresses: [primary, 10.0.0.0/8]\n\
+            nodePortRange: 30000-30100\nmasqueradePorts: 61000-62000\nmasqueradeAll: true\nserviceProxyName: x\n\
+            balancing: round-robin\nworkers: 2\nflowTableSize: 10\nstateDir: /tmp/x\nadmin: 127.0.0.1:1\nhealth: '[::]:2'\n";
+        let config = Config::parse(text).unwrap();
+        assert_eq!(config.node_port_addresses.len(), 2);
+        assert_eq!(config.node_port_range, PortRange::new(30000, 30100));
+        assert_eq!(config.balancing, Balancing::RoundRobin);
+        assert!(config.masquerade_all && config.prune && !config.local_controllers);
+        assert_eq!(config.health.port(), 2);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_with_its_line() {
+        for (text, words) in [
+            ("nodeName: n\nbalancin: random\n", &["balancin", "line 2"][..]),
+            ("\nbalancing: fastest\n", &["fastest", "line 2"]),
+            ("nodePortRange: 10\n", &["10", "30000-32767"]),
+            ("nodePortAddresses: [here]\n", &["here", "primary"]),
+            ("kind: Other\n", &["Other"]),
+            ("apiVersion: v2\n", &["v2"]),
+            ("workers: 0\n", &["workers"]),
+        ] {
+            let error = Config::parse(text).unwrap_err();
+            assert!(words.iter().all(|word| error.contains(word)), "{text:?}: {error}");
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! Facts of the node this runs on, from its Node object and, where there is none, from the host's interfaces.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use k8s_openapi::api::core::v1::Node;
+use sluice_dataplane::net::Family;
+use sluice_dataplane::table::NodeSpec;
+
+use crate::config::{Config, NodePortAddress};
+use crate::object::{ZONE_LABEL, label};
+
+/// The taint by which the cluster autoscaler announces that a node goes.
+const AUTOSCALER_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
+
+/// What the rules need to know of the node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodeFacts {
+    /// Its name, as `nodeName` in EndpointSlices and Pods.
+    pub name: String,
+    /// Its zone.
+    pub zone: Option<String>,
+    /// Its first address of each family: what `primary` means, and what masquerade uses.
+    pub primary: Vec<IpAddr>,
+    /// Every address of its own but loopback.
+    pub addresses: Vec<IpAddr>,
+    /// `spec.podCIDRs`.
+    pub pod_cidrs: Vec<IpNet>,
+    /// Load balancers may send here: the Node is neither being deleted nor about to be removed by the autoscaler.
+    pub eligible: bool,
+}
+
+impl NodeFacts {
+    /// Facts of the node called `name`. `interfaces`: the host's addresses, empty where only files count.
+    #[must_use]
+    pub fn new(name: &str, node: Option<&Node>, interfaces: &[IpAddr]) -> Self {
+        let status = node.and_then(|node| node.status.as_ref()).and_then(|status| status.addresses.as_ref());
+        let of_type = |wanted: &str| {
+            let addresses = status.into_iter().flatten().filter(move |address| address.type_ == wanted);
+            addresses.filter_map(|address| address.address.parse().ok()).collect::<Vec<IpAddr>>()
+        };
+        // Internal addresses first, as kube-proxy's GetNodeHostIPs.
+        let declared: Vec<IpAddr> = [of_type("InternalIP"), of_type("ExternalIP")].concat();
+        let known = if declared.is_empty() { interfaces } else { &declared };
+        let first = |family| known.iter().copied().find(|address| Family::of(*address) == family);
+        let primary = Family::BOTH.into_iter().filter_map(first).collect();
+        let mut addresses = declared.clone();
+        addresses.extend(interfaces);
+        addresses.retain(|address| !address.is_loopback());
+        addresses.sort_unstable();
+        addresses.dedup();
+        let spec = node.and_then(|node| node.spec.as_ref());
+        let pod_cidrs = spec.and_then(|spec| spec.pod_cidrs.clone().or_else(|| Some(vec![spec.pod_cidr.clone()?])));
+        let is_leaving = node.is_some_and(|node| node.metadata.deletion_timestamp.is_some())
+            || spec.is_some_and(|spec| spec.taints.iter().flatten().any(|taint| taint.key == AUTOSCALER_TAINT));
+        Self {
+            name: name.to_owned(),
+            zone: node.and_then(|node| label(&node.metadata, ZONE_LABEL)).map(str::to_owned),
+            primary,
+            addresses,
+            pod_cidrs: pod_cidrs.into_iter().flatten().filter_map(|range| range.parse().ok()).collect(),
+            eligible: !is_leaving,
+        }
+    }
+
+    /// What the table must know. `service_cidrs`: all ranges in force.
+    #[must_use]
+    pub fn spec(&self, config: &Config, service_cidrs: Vec<IpNet>) -> NodeSpec {
+        let node_port_addresses = Family::BOTH.into_iter().flat_map(|family| self.node_port_addresses(config, family));
+        NodeSpec {
+            addresses: self.addresses.clone(),
+            node_port_addresses: node_port_addresses.collect(),
+            node_port_loopback: node_port_loopback(config),
+            cluster_cidrs: config.cluster_cidrs.clone().unwrap_or_else(|| self.pod_cidrs.clone()),
+            service_cidrs,
+            masquerade_all: config.masquerade_all,
+        }
+    }
+
+    /// A family that no entry speaks of is served on all its addresses, as in kube-proxy.
+    fn node_port_addresses(&self, config: &Config, family: Family) -> Vec<IpAddr> {
+        let entries = &config.node_port_addresses;
+        let concerns = |entry: &NodePortAddress| match entry {
+            NodePortAddress::Primary => self.primary.iter().any(|address| Family::of(*address) == family),
+            NodePortAddress::All | NodePortAddress::Localhost => true,
+            NodePortAddress::Range(range) => Family::of(range.addr()) == family,
+        };
+        let selects = |entry: &NodePortAddress, address: &IpAddr| match entry {
+            NodePortAddress::Primary => self.primary.contains(address),
+            NodePortAddress::All => true,
+            NodePortAddress::Localhost => false,
+            NodePortAddress::Range(range) => range.contains(address),
+        };
+        let all = !entries.iter().any(concerns);
+        let of_family = self.addresses.iter().filter(|address| Family::of(**address) == family);
+        of_family.filter(|address| all || entries.iter().any(|entry| selects(entry, address))).copied().collect()
+    }
+}
+
+/// Loopback ranges that are named, by themselves or by `localhost`: a range that merely contains loopback names it not.
+fn node_port_loopback(config: &Config) -> Vec<IpNet> {
+    let constant = |text: &str| text.parse::<IpNet>().expect("a constant range");
+    let ranges = config.node_port_addresses.iter().flat_map(|entry| match entry {
+        NodePortAddress::Localhost => vec![constant("127.0.0.0/8"), constant("::1/128")],
+        NodePortAddress::Range(range) if range.network().is_loopback() => vec![*range],
+        NodePortAddress::Primary | NodePortAddress::All | NodePortAddress::Range(_) => Vec::new(),
+    });
+    ranges.collect()
+}

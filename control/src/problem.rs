@@ -1,0 +1,106 @@
+//! What is wrong with an object: said in words that name file, document, object and field.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+
+use serde::Serialize;
+
+/// Where an object comes from.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "camelCase", tag = "from")]
+pub enum Origin {
+    /// A document of a file; `document` counts from 1.
+    File {
+        /// The file.
+        path: Arc<Path>,
+        /// Number of the document in it.
+        document: usize,
+    },
+    /// Made up by the controllers' part that the folder source plays.
+    LocalController,
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File { path, document } => write!(f, "{}, document {document}", path.display()),
+            Self::LocalController => f.write_str("made up by local controllers"),
+        }
+    }
+}
+
+/// How bad it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Severity {
+    /// Something that was asked for is not served.
+    Error,
+    /// Everything is served, but probably not as meant.
+    Warning,
+}
+
+/// One thing that is wrong.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Problem {
+    /// How bad it is.
+    pub severity: Severity,
+    /// Where the object comes from, when that is known.
+    pub origin: Option<Origin>,
+    /// The object as `Kind namespace/name`, when it is known.
+    pub object: Option<String>,
+    /// The field, as a path such as `spec.ports[0].port`; empty when it is about the whole.
+    pub field: String,
+    /// What is wrong and, where there is one, the way out.
+    pub message: String,
+}
+
+impl Problem {
+    /// A problem without origin or object, to be completed with [`Problem::about`] and [`Problem::from`].
+    #[must_use]
+    pub fn new(severity: Severity, field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { severity, origin: None, object: None, field: field.into(), message: message.into() }
+    }
+
+    /// An error.
+    #[must_use]
+    pub fn error(field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::new(Severity::Error, field, message)
+    }
+
+    /// A warning.
+    #[must_use]
+    pub fn warning(field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::new(Severity::Warning, field, message)
+    }
+
+    /// With the object it is about, as `Kind namespace/name`.
+    #[must_use]
+    pub fn about(mut self, object: impl Into<String>) -> Self {
+        self.object = Some(object.into());
+        self
+    }
+
+    /// With the place the object comes from.
+    #[must_use]
+    pub fn from(mut self, origin: &Origin) -> Self {
+        self.origin = Some(origin.clone());
+        self
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(origin) = &self.origin {
+            write!(f, "{origin}: ")?;
+        }
+        if let Some(object) = &self.object {
+            write!(f, "{object}: ")?;
+        }
+        if !self.field.is_empty() {
+            write!(f, "{}: ", self.field)?;
+        }
+        f.write_str(&self.message)
+    }
+}

@@ -1,0 +1,176 @@
+//! Updates into tables: resolves what an update touched, and only that, and builds the next routing table.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use sluice_dataplane::table::{NodeSpec, RoutingTable, ServiceName, Slots, TableBuilder};
+
+use crate::config::Config;
+use crate::local::LocalControllers;
+use crate::node::NodeFacts;
+use crate::problem::Problem;
+use crate::resolve::{Rules, resolve};
+use crate::source::Update;
+use crate::store::{Store, Touched};
+
+/// Objects, and the tables made of them.
+pub struct Publisher {
+    config: Config,
+    rules: Rules,
+    local: Option<LocalControllers>,
+    interfaces: Vec<IpAddr>,
+    store: Store,
+    node: NodeFacts,
+    builder: TableBuilder,
+    source_problems: Vec<Problem>,
+    skipped: BTreeMap<String, u64>,
+    service_problems: BTreeMap<ServiceName, Vec<Problem>>,
+}
+
+impl Publisher {
+    /// Without objects. `interfaces`: the host's own addresses, empty where only files count.
+    #[must_use]
+    pub fn new(config: Config, interfaces: Vec<IpAddr>, slots: Arc<Slots>) -> Self {
+        let rules = Rules { service_proxy_name: config.service_proxy_name.clone(), balancing: config.balancing };
+        let mut publisher = Self {
+            rules,
+            local: config.local_controllers.then(|| LocalControllers::new(&config)),
+            interfaces,
+            store: Store::default(),
+            node: NodeFacts::default(),
+            builder: TableBuilder::new(slots),
+            source_problems: Vec::new(),
+            skipped: BTreeMap::new(),
+            service_problems: BTreeMap::new(),
+            config,
+        };
+        publisher.learn_node();
+        publisher
+    }
+
+    /// Takes in an update. The next table, when it changes anything.
+    pub fn update(&mut self, update: Update) -> Option<Arc<RoutingTable>> {
+        self.source_problems = update.problems;
+        self.skipped = update.skipped;
+        let changes = match &mut self.local {
+            Some(local) => local.complete(update.changes),
+            None => update.changes,
+        };
+        let touched = self.store.apply(changes);
+        self.resolve(touched).then(|| self.builder.build())
+    }
+
+    /// Takes in that the host's addresses are these now. The next table, when it changes anything.
+    pub fn set_interfaces(&mut self, interfaces: Vec<IpAddr>) -> Option<Arc<RoutingTable>> {
+        self.interfaces = interfaces;
+        let touched = Touched { nodes: BTreeSet::from([self.node.name.clone()]), ..Touched::default() };
+        self.resolve(touched).then(|| self.builder.build())
+    }
+
+    /// The table of what is known now.
+    pub fn table(&mut self) -> Arc<RoutingTable> {
+        self.builder.build()
+    }
+
+    /// The objects.
+    #[must_use]
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Facts of the node.
+    #[must_use]
+    pub fn node(&self) -> &NodeFacts {
+        &self.node
+    }
+
+    /// The Services in force and their counters.
+    #[must_use]
+    pub fn builder(&self) -> &TableBuilder {
+        &self.builder
+    }
+
+    /// Frees counters nobody uses. Call it now and then.
+    pub fn release_idle(&mut self) {
+        self.builder.release_idle();
+    }
+
+    /// Objects of kinds that are not used, by `apiVersion/kind`.
+    #[must_use]
+    pub fn skipped(&self) -> &BTreeMap<String, u64> {
+        &self.skipped
+    }
+
+    /// Everything that is wrong now, sorted.
+    #[must_use]
+    pub fn problems(&self) -> Vec<Problem> {
+        let mut problems = self.source_problems.clone();
+        problems.extend(self.local.iter().flat_map(LocalControllers::problems));
+        problems.extend(self.service_problems.values().flatten().cloned());
+        problems.extend(self.builder.conflicts().iter().map(|conflict| {
+            let origin = self.store.service(&conflict.loser).map(|service| &service.origin);
+            let message = format!("{} is already taken by the older Service {}", conflict.key, conflict.winner);
+            let problem = Problem::error("spec", message).about(format!("Service {}", conflict.loser));
+            origin.map_or(problem.clone(), |origin| problem.from(origin))
+        }));
+        problems.sort();
+        problems.dedup();
+        problems
+    }
+
+    fn resolve(&mut self, mut touched: Touched) -> bool {
+        let mut changed = false;
+        if touched.nodes.contains(&self.node.name) || touched.service_cidrs {
+            let (facts, spec) = (self.node.clone(), self.builder.node().clone());
+            self.learn_node();
+            changed |= *self.builder.node() != spec;
+            if self.node != facts {
+                // Zone, name and addresses decide about every Service's endpoints.
+                touched.services.extend(self.store.services().map(|(name, _)| name.clone()));
+            }
+        }
+        for name in touched.services {
+            changed |= self.resolve_service(&name);
+        }
+        changed
+    }
+
+    fn resolve_service(&mut self, name: &ServiceName) -> bool {
+        let Some(service) = self.store.service(name) else {
+            self.service_problems.remove(name);
+            return self.builder.remove(name);
+        };
+        let slices = self.store.slices(name).map(|slice| &*slice.object);
+        let resolved = resolve(&service.object, slices, &self.node, &self.rules);
+        let problems: Vec<Problem> =
+            resolved.problems.into_iter().map(|problem| problem.from(&service.origin)).collect();
+        if problems.is_empty() {
+            self.service_problems.remove(name);
+        } else {
+            self.service_problems.insert(name.clone(), problems);
+        }
+        match resolved.spec {
+            Some(spec) => self.builder.set(spec),
+            None => self.builder.remove(name),
+        }
+    }
+
+    fn learn_node(&mut self) {
+        let name = self.config.node_name();
+        let node = self.store.node(&name).map(|node| &*node.object);
+        self.node = NodeFacts::new(&name, node, &self.interfaces);
+        let spec = self.node_spec();
+        self.builder.set_node(spec);
+    }
+
+    fn node_spec(&self) -> NodeSpec {
+        let mut ranges = self.config.service_cidrs();
+        let declared = self.store.service_cidrs().filter_map(|object| object.object.spec.as_ref()?.cidrs.as_ref());
+        ranges.extend(declared.flatten().filter_map(|range| range.parse::<IpNet>().ok()));
+        ranges.sort_unstable();
+        ranges.dedup();
+        self.node.spec(&self.config, ranges)
+    }
+}

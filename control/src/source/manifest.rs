@@ -1,0 +1,1 @@
+//! Text to objects, with errors that name file, document, object and field.

@@ -1,0 +1,29 @@
+//! Where objects come from. Every source emits the same [`Update`]s, whatever it reads.
+
+use std::collections::BTreeMap;
+
+use crate::object::{Key, Object};
+use crate::problem::{Origin, Problem};
+
+pub mod folder;
+pub mod manifest;
+
+/// One change of one object.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Change {
+    /// The object is new or has changed.
+    Apply(Object, Origin),
+    /// The object is gone.
+    Delete(Key),
+}
+
+/// Changes that belong together, and the state of the source after them. One update makes at most one new table.
+#[derive(Clone, Debug, Default)]
+pub struct Update {
+    /// Changes, in order.
+    pub changes: Vec<Change>,
+    /// Everything that is wrong with what the source reads, now.
+    pub problems: Vec<Problem>,
+    /// Objects of kinds that Sluice does not use, by `apiVersion/kind`, now.
+    pub skipped: BTreeMap<String, u64>,
+}
