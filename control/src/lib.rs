@@ -4,7 +4,11 @@
 //! [`resolve`] turns one Service into plain data for the table, [`publish`] swaps the table in. This crate never sees a
 //! packet.
 
+pub mod admin;
+pub mod cli;
 pub mod config;
+pub mod daemon;
+pub mod host;
 pub mod local;
 pub mod node;
 pub mod object;
