@@ -61,7 +61,7 @@ fn parse_json(text: &str) -> Option<Vec<Value>> {
 fn parse_yaml(text: &str) -> Result<Value, serde_saphyr::Error> {
     // Depth and the growth by aliases stay bounded: those are what attacks need and people do not.
     let budget = serde_saphyr::budget! {
-        max_depth: 128,
+        max_depth: 64,
         max_events: usize::MAX,
         max_nodes: usize::MAX,
         max_aliases: usize::MAX,
@@ -74,6 +74,8 @@ fn parse_yaml(text: &str) -> Result<Value, serde_saphyr::Error> {
     let options = serde_saphyr::options! {
         budget: budget,
         with_snippet: false,
+        // `y`, `on` and `no` are words, as in YAML 1.2.
+        strict_booleans: true,
         non_finite_float_policy: serde_saphyr::options::NonFiniteFloatPolicy::PassThrough,
     };
     serde_saphyr::from_str_with_options(text, options)

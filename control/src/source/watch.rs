@@ -185,3 +185,6 @@ fn wait(signals: &Receiver<Signal>) -> Waited {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
