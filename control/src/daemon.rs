@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use k8s_openapi::jiff::Timestamp;
+use jiff::Timestamp;
 use sd_notify::NotifyState;
 use sluice_dataplane::net::Family;
 use sluice_dataplane::packet_path::{PacketPath, Settings, Shared, Tun};
@@ -87,7 +87,7 @@ impl State {
 /// Runs until SIGTERM or SIGINT.
 pub async fn run(config: Config, manifests: &Path) -> Result<()> {
     admin::metrics::install()?;
-    let mut host = Host::new()?;
+    let host = Host::new()?;
     let _lock = Lock::take(&config.state_dir)?;
     require_environment()?;
 
@@ -166,9 +166,11 @@ fn masquerade_addresses(config: &Config, first: &Update, interfaces: &[IpAddr]) 
     let facts = NodeFacts::new(&name, node, interfaces);
     let mut addresses = Vec::new();
     for family in Family::BOTH {
-        let known = facts.primary.iter().chain(interfaces).find(|address| {
-            Family::of(**address) == family && interfaces.contains(address)
-        });
+        let known = facts
+            .primary
+            .iter()
+            .chain(interfaces)
+            .find(|address| Family::of(**address) == family && interfaces.contains(address));
         let Some(address) = known else { continue };
         match sysctl::require_forwarding(family) {
             Ok(()) => addresses.push(*address),

@@ -7,7 +7,7 @@ use std::time::Duration;
 use axum::extract::State as Extract;
 use axum::http::StatusCode;
 use axum::response::IntoResponse;
-use k8s_openapi::jiff::Timestamp;
+use jiff::Timestamp;
 use serde::Serialize;
 use sluice_dataplane::net::Family;
 
@@ -57,9 +57,9 @@ fn answer(state: &State, node_eligible: Option<bool>) -> impl IntoResponse + use
     // While all is well this is the time of asking: nothing that waits could be older.
     let last_updated = if healthy { now } else { state.progress().last_applied };
     let spec = state.shared.table();
-    let families = Family::BOTH.into_iter().filter(|family| {
-        spec.node().spec().addresses.iter().any(|address| Family::of(*address) == *family)
-    });
+    let families = Family::BOTH
+        .into_iter()
+        .filter(|family| spec.node().spec().addresses.iter().any(|address| Family::of(*address) == *family));
     let status = families.map(|family| (family.to_string(), FamilyHealth { last_updated, healthy })).collect();
     let code = if healthy && node_eligible != Some(false) { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let body = Health { last_updated, current_time: now, node_eligible, healthy, status };

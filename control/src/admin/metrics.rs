@@ -111,10 +111,12 @@ fn record_services(state: &State) {
                 let opened = totals.opened[kind as usize];
                 // A Service without node ports needs no series about them.
                 if opened > 0 || kind == FrontendKind::ClusterIp {
-                    counter!("sluice_flows_opened_total", labels(&[("frontend", kind.name().to_owned())])).absolute(opened);
+                    counter!("sluice_flows_opened_total", labels(&[("frontend", kind.name().to_owned())]))
+                        .absolute(opened);
                 }
             }
-            counter!("sluice_flows_rejected_total", labels(&[("reason", "no_endpoints".to_owned())])).absolute(totals.rejected);
+            counter!("sluice_flows_rejected_total", labels(&[("reason", "no_endpoints".to_owned())]))
+                .absolute(totals.rejected);
             counter!("sluice_flows_dropped_total", labels(&[])).absolute(totals.dropped);
             for direction in [Direction::Request, Direction::Reply] {
                 let at = direction.index();
@@ -163,7 +165,8 @@ fn record_endpoints(state: &State) {
                 counter!("sluice_endpoint_packets_total", labels(&way)).absolute(packets);
             }
         }
-        *active_of_port.entry((view.namespace, view.service, view.port_name, view.protocol)).or_default() += view.active;
+        *active_of_port.entry((view.namespace, view.service, view.port_name, view.protocol)).or_default() +=
+            view.active;
     }
     for ((namespace, service, port, protocol), active) in active_of_port {
         gauge!("sluice_flows_active", labels(&namespace, &service, &port, &protocol, &[])).set(active as f64);

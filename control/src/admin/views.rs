@@ -188,7 +188,11 @@ pub fn services(state: &State) -> List<ServiceView> {
                 port: first.number,
                 cluster_ips: ports.iter().map(|port| port.cluster_ip).collect(),
                 node_port: first.node_port,
-                external_ips: ports.iter().flat_map(|port| port.load_balancer_ips.iter().chain(&port.external_ips)).copied().collect(),
+                external_ips: ports
+                    .iter()
+                    .flat_map(|port| port.load_balancer_ips.iter().chain(&port.external_ips))
+                    .copied()
+                    .collect(),
                 endpoints: ports.iter().map(|port| port.cluster.addresses.len()).sum(),
                 local_endpoints: ports.iter().map(|port| port.local.addresses.len()).sum(),
                 made_up: publisher.made_up(&spec.name).iter().map(|field| (*field).to_owned()).collect(),
@@ -201,7 +205,9 @@ pub fn services(state: &State) -> List<ServiceView> {
             });
         }
     }
-    items.sort_by(|a, b| (&a.namespace, &a.name, a.port, &a.protocol).cmp(&(&b.namespace, &b.name, b.port, &b.protocol)));
+    items.sort_by(|a, b| {
+        (&a.namespace, &a.name, a.port, &a.protocol).cmp(&(&b.namespace, &b.name, b.port, &b.protocol))
+    });
     list(state, "Service", items)
 }
 
@@ -250,7 +256,13 @@ pub fn endpoints(state: &State) -> List<EndpointView> {
         }
     }
     items.sort_by(|a, b| {
-        (&a.namespace, &a.service, &a.port_name, &a.protocol, a.address).cmp(&(&b.namespace, &b.service, &b.port_name, &b.protocol, b.address))
+        (&a.namespace, &a.service, &a.port_name, &a.protocol, a.address).cmp(&(
+            &b.namespace,
+            &b.service,
+            &b.port_name,
+            &b.protocol,
+            b.address,
+        ))
     });
     list(state, "Endpoint", items)
 }
@@ -291,7 +303,15 @@ pub fn frontends_of(table: &sluice_dataplane::table::RoutingTable) -> Vec<Fronte
         })
         .collect();
     let order = |view: &FrontendView| {
-        (view.namespace.clone(), view.service.clone(), view.port_name.clone(), view.kind.clone(), view.addresses.clone(), view.port, view.protocol.clone())
+        (
+            view.namespace.clone(),
+            view.service.clone(),
+            view.port_name.clone(),
+            view.kind.clone(),
+            view.addresses.clone(),
+            view.port,
+            view.protocol.clone(),
+        )
     };
     items.sort_by_cached_key(order);
     items

@@ -89,10 +89,9 @@ pub fn run(args: Args) -> Result<ExitCode> {
 pub fn ask(admin: SocketAddr, path: &str) -> Result<String> {
     let agent: ureq::Agent = ureq::Agent::config_builder().timeout_global(Some(TIMEOUT)).proxy(None).build().into();
     let url = format!("http://{admin}{path}");
-    let mut answer = agent
-        .get(&url)
-        .call()
-        .map_err(|error| Lacking(format!("no daemon answers on {admin}: {error}: is `sluice run` there? see --admin")))?;
+    let mut answer = agent.get(&url).call().map_err(|error| {
+        Lacking(format!("no daemon answers on {admin}: {error}: is `sluice run` there? see --admin"))
+    })?;
     // The limit is against a peer that never ends, not against large clusters.
     answer.body_mut().with_config().limit(1 << 32).read_to_string().with_context(|| format!("GET {url}"))
 }
@@ -122,7 +121,7 @@ pub fn render<T: Row + serde::Serialize>(list: &List<T>, output: Option<Output>)
 #[must_use]
 pub fn table(header: Vec<&'static str>, rows: impl Iterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_header(header).add_rows(rows);
+    table.load_style(presets::NOTHING).set_header(header).add_rows(rows);
     for column in table.column_iter_mut() {
         column.set_padding((0, 3));
     }
@@ -150,8 +149,18 @@ fn or_dash(text: &str) -> String {
 
 impl Row for ServiceView {
     fn header(wide: bool) -> Vec<&'static str> {
-        let mut header =
-            vec!["NAMESPACE", "NAME", "PORT", "CLUSTER-IP", "EXTERNAL-IP", "NODE-PORT", "ENDPOINTS", "ACTIVE", "OPENED", "REJECTED"];
+        let mut header = vec![
+            "NAMESPACE",
+            "NAME",
+            "PORT",
+            "CLUSTER-IP",
+            "EXTERNAL-IP",
+            "NODE-PORT",
+            "ENDPOINTS",
+            "ACTIVE",
+            "OPENED",
+            "REJECTED",
+        ];
         if wide {
             header.extend(["DROPPED", "BYTES-IN", "BYTES-OUT", "LOCAL", "MADE-UP"]);
         }
@@ -263,7 +272,8 @@ impl Row for FlowEntry {
     }
 
     fn cells(&self, wide: bool) -> Vec<String> {
-        let service = if self.service.is_empty() { "-".to_owned() } else { format!("{}/{}", self.namespace, self.service) };
+        let service =
+            if self.service.is_empty() { "-".to_owned() } else { format!("{}/{}", self.namespace, self.service) };
         let mut cells = vec![
             self.protocol.clone(),
             self.client.to_string(),

@@ -32,7 +32,10 @@ impl Lock {
             Err(error) => return Err(error).context("cannot lock the network namespace"),
         }
         fs::create_dir_all(state_dir).map_err(|error| {
-            Lacking(format!("cannot make the state directory {}: {error}: choose one with --state-dir", state_dir.display()))
+            Lacking(format!(
+                "cannot make the state directory {}: {error}: choose one with --state-dir",
+                state_dir.display()
+            ))
         })?;
         let path = state_dir.join("lock");
         let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path);

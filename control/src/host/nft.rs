@@ -112,10 +112,12 @@ fn ruleset(plan: &Plan, reserved: &BTreeSet<u16>) -> String {
     let ours = format!("{:#010x}", MARK);
     let (mask, rest) = (format!("{MARK_MASK:#010x}"), format!("{:#010x}", !MARK_MASK));
     let remember = format!("iifname \"{LINK}\" ct direction original ct mark set ct mark and {rest} or {ours}");
-    let bring_back = format!("ct direction reply ct mark and {mask} == {ours} meta mark set meta mark and {rest} or {ours}");
+    let bring_back =
+        format!("ct direction reply ct mark and {mask} == {ours} meta mark set meta mark and {rest} or {ours}");
     let reserved: Vec<String> =
         sysctl::ranges(reserved).into_iter().map(|(first, last)| format!("{first}-{last}")).collect();
-    let elements = if reserved.is_empty() { String::new() } else { format!("elements = {{ {} }}", reserved.join(", ")) };
+    let elements =
+        if reserved.is_empty() { String::new() } else { format!("elements = {{ {} }}", reserved.join(", ")) };
     let mut text = format!("add table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{\n");
     let mut chain = |name: &str, hook: &str, rules: &[String]| {
         let _ = write!(text, "  chain {name} {{\n    type {hook}; policy accept;\n");
@@ -158,13 +160,17 @@ impl Chains {
             let ports = ports.join(", ");
             let (ip, icmp, types, quoted_port) = match family {
                 Family::V4 => ("ip", "icmp", "destination-unreachable, time-exceeded, parameter-problem", 8 + 20),
-                Family::V6 => {
-                    ("ip6", "icmpv6", "destination-unreachable, packet-too-big, time-exceeded, parameter-problem", 8 + 40)
-                }
+                Family::V6 => (
+                    "ip6",
+                    "icmpv6",
+                    "destination-unreachable, packet-too-big, time-exceeded, parameter-problem",
+                    8 + 40,
+                ),
             };
             let protocols = "meta l4proto { tcp, udp, sctp }";
             self.raw.push(format!("{ip} daddr {address} {protocols} th dport {{ {ports} }} notrack"));
-            self.raw.push(format!("iifname \"{LINK}\" {ip} saddr {address} {protocols} th sport {{ {ports} }} notrack"));
+            self.raw
+                .push(format!("iifname \"{LINK}\" {ip} saddr {address} {protocols} th sport {{ {ports} }} notrack"));
             // The packet that an error quotes is one of ours: its source is this address with such a port.
             self.errors.push(format!(
                 "iifname != \"{LINK}\" {ip} daddr {address} {icmp} type {{ {types} }} @th,{},16 {{ {ports} }} meta mark set meta mark and {:#010x} or {MARK:#010x}",

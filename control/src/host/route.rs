@@ -29,7 +29,12 @@ pub(super) async fn apply(netlink: &Handle, plan: &Plan) -> Result<Vec<String>> 
     let mut changes = Vec::new();
     for (route, message) in &present {
         if !wanted.contains(route) {
-            netlink.route().del(message.clone()).execute().await.with_context(|| format!("cannot remove {}", name(route)))?;
+            netlink
+                .route()
+                .del(message.clone())
+                .execute()
+                .await
+                .with_context(|| format!("cannot remove {}", name(route)))?;
             changes.push(name(route));
         }
     }

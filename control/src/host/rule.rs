@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result};
 use futures_util::TryStreamExt as _;
 use ipnet::IpNet;
 use rtnetlink::packet_route::AddressFamily;
-use rtnetlink::packet_route::ip::IpProtocol;
+use rtnetlink::packet_route::IpProtocol;
 use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage, RulePortRange};
 use rtnetlink::{Handle, IpVersion};
 use sluice_dataplane::net::{Family, Protocol};
@@ -88,7 +88,8 @@ fn wanted(plan: &Plan, family: Family) -> Vec<Rule> {
     // What comes out of the packet path and is the node's own is delivered, never sent round again.
     let mut rules = vec![Rule { from_link: true, table: TABLE_LOCAL, ..Rule::default() }];
     let to_ports = |to: IpNet, ports: PortRange| {
-        let rule = move |protocol| Rule { to: Some(to), ports: Some((protocol, ports)), table: TABLE_ALL, ..Rule::default() };
+        let rule =
+            move |protocol| Rule { to: Some(to), ports: Some((protocol, ports)), table: TABLE_ALL, ..Rule::default() };
         [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].map(rule)
     };
     let of_family = |address: &IpAddr| Family::of(*address) == family;
@@ -117,8 +118,7 @@ async fn present(netlink: &Handle, family: Family) -> Result<Vec<(Rule, RuleMess
         Family::V4 => IpVersion::V4,
         Family::V6 => IpVersion::V6,
     };
-    let listed: std::result::Result<Vec<RuleMessage>, _> =
-        netlink.rule().get(version).execute().try_collect().await;
+    let listed: std::result::Result<Vec<RuleMessage>, _> = netlink.rule().get(version).execute().try_collect().await;
     let messages = match listed {
         Ok(messages) => messages,
         // Without IPv6 in the kernel there is nothing to list.
@@ -132,7 +132,11 @@ async fn present(netlink: &Handle, family: Family) -> Result<Vec<(Rule, RuleMess
         };
         message.attributes.iter().find_map(find).unwrap_or(0)
     };
-    Ok(messages.into_iter().filter(|message| priority(message) == 0).map(|message| (parse(&message), message)).collect())
+    Ok(messages
+        .into_iter()
+        .filter(|message| priority(message) == 0)
+        .map(|message| (parse(&message), message))
+        .collect())
 }
 
 fn parse(message: &RuleMessage) -> Rule {
@@ -174,7 +178,9 @@ async fn add(netlink: &Handle, rule: &Rule, family: Family) -> Result<()> {
     }
     if let Some((protocol, ports)) = rule.ports {
         message.attributes.push(RuleAttribute::IpProtocol(IpProtocol::from(protocol as u8)));
-        message.attributes.push(RuleAttribute::DestinationPortRange(RulePortRange { start: ports.first, end: ports.last }));
+        message
+            .attributes
+            .push(RuleAttribute::DestinationPortRange(RulePortRange { start: ports.first, end: ports.last }));
     }
     if rule.from_link || rule.not_from_link {
         message.attributes.push(RuleAttribute::Iifname(LINK.to_owned()));
