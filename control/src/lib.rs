@@ -4,6 +4,7 @@
 //! [`resolve`] turns one Service into plain data for the table, [`publish`] swaps the table in. This crate never sees a
 //! packet.
 
+pub mod address;
 pub mod config;
 pub mod local;
 pub mod node;
@@ -13,3 +14,4 @@ pub mod publish;
 pub mod resolve;
 pub mod source;
 pub mod store;
+pub mod trace;
