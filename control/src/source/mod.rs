@@ -7,6 +7,7 @@ use crate::problem::{Origin, Problem};
 
 pub mod folder;
 pub mod manifest;
+mod watch;
 
 /// One change of one object.
 #[derive(Clone, Debug, PartialEq)]
