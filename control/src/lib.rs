@@ -4,6 +4,7 @@
 //! [`resolve`] turns one Service into plain data for the table, [`publish`] swaps the table in. This crate never sees a
 //! packet.
 
+pub mod address;
 pub mod admin;
 pub mod cli;
 pub mod config;
@@ -17,3 +18,4 @@ pub mod publish;
 pub mod resolve;
 pub mod source;
 pub mod store;
+pub mod trace;
