@@ -4,6 +4,7 @@
 //! [`resolve`] turns one Service into plain data for the table, [`publish`] swaps the table in. This crate never sees a
 //! packet.
 
+pub mod cli;
 pub mod config;
 pub mod local;
 pub mod node;

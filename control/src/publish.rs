@@ -103,6 +103,17 @@ impl Publisher {
         &self.skipped
     }
 
+    /// What of a Service was made up, as of [`LocalControllers::made_up`].
+    #[must_use]
+    pub fn made_up(&self, name: &ServiceName) -> &[&'static str] {
+        self.local.as_ref().map(|local| local.made_up(name)).unwrap_or_default()
+    }
+
+    /// The local controllers, to load and save what they made up; none when they are off.
+    pub fn local_controllers(&mut self) -> Option<&mut LocalControllers> {
+        self.local.as_mut()
+    }
+
     /// Everything that is wrong now, sorted.
     #[must_use]
     pub fn problems(&self) -> Vec<Problem> {

@@ -139,10 +139,8 @@ mod tests {
 
     #[test]
     fn the_hash_is_fixed() {
-        assert_eq!(probe(&holder("a"), 65534).next(), Some(HASHED));
+        assert_eq!(probe(&holder("a"), 65534).next(), Some(19_971));
     }
-
-    const HASHED: u128 = 0;
 
     #[test]
     fn collisions_go_on_to_the_next_and_holders_stay() {

@@ -32,7 +32,8 @@ impl Frontends {
 
     /// Takes note of what a Service has explicitly, gives back what it no longer needs, and says who has to move.
     pub(super) fn claim(&mut self, name: &ServiceName, service: Option<&Service>) -> Vec<ServiceName> {
-        let spec = service.and_then(|service| service.spec.as_ref());
+        let empty = ServiceSpec::default();
+        let spec = service.map(|service| service.spec.as_ref().unwrap_or(&empty));
         let mut losers = self.addresses.claim(name, spec.map(explicit_addresses).unwrap_or_default());
         losers.extend(self.ports.claim(name, spec.map(explicit_ports).unwrap_or_default()));
         let families = spec.map(|spec| self.open_families(spec)).unwrap_or_default();
