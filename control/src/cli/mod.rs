@@ -9,8 +9,11 @@ use clap::{CommandFactory as _, Parser, Subcommand};
 use crate::config::ConfigError;
 use crate::host::Lacking;
 
+pub mod check;
 pub mod cleanup;
 pub mod get;
+pub mod offline;
+mod report;
 pub mod run;
 
 /// What was asked about is wrong.
@@ -35,6 +38,8 @@ const EXIT_CODES: &str =
 enum Command {
     /// Serve the Services of a folder of manifests on this node, until SIGTERM
     Run(run::Args),
+    /// Validate manifests and say what would be routed
+    Check(check::Args),
     /// Show what a running daemon serves
     Get(get::Args),
     /// Remove every link, route, rule and table of ours from this host
@@ -53,6 +58,7 @@ enum Command {
 pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(args) => run::run(args),
+        Command::Check(args) => check::run(args),
         Command::Get(args) => get::run(args),
         Command::Cleanup(args) => cleanup::run(args),
         Command::Version => print(concat!("sluice ", env!("CARGO_PKG_VERSION"), "\n")).map(|()| ExitCode::SUCCESS),
