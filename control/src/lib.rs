@@ -5,6 +5,7 @@
 //! packet.
 
 pub mod address;
+pub mod cli;
 pub mod config;
 pub mod local;
 pub mod node;
