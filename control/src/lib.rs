@@ -5,8 +5,11 @@
 //! packet.
 
 pub mod address;
+pub mod admin;
 pub mod cli;
 pub mod config;
+pub mod daemon;
+pub mod host;
 pub mod local;
 pub mod node;
 pub mod object;

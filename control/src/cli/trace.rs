@@ -6,19 +6,15 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use clap::ValueEnum;
 use sluice_dataplane::decide::NewFlow;
 use sluice_dataplane::table::RoutingTable;
 
-use super::{USAGE, offline, print};
+use super::{USAGE, get, offline, print};
 use crate::config::Config;
 use crate::trace::{Question, Traced, trace};
-
-/// A daemon that says nothing for so long is not answering.
-const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Arguments of `sluice trace`.
 #[derive(Debug, clap::Args)]
@@ -138,12 +134,7 @@ fn batch(table: &RoutingTable, flows: &Path) -> Result<ExitCode> {
 /// Asks a daemon, which answers from the table that packets meet.
 fn ask(admin: SocketAddr, flow: &NewFlow) -> Result<Traced> {
     let NewFlow { client, destination, protocol } = flow;
-    let agent: ureq::Agent = ureq::Agent::config_builder().timeout_global(Some(TIMEOUT)).proxy(None).build().into();
-    let url = format!("http://{admin}/api/v1/trace?from={client}&to={destination}&proto={protocol}");
-    let mut answer = agent
-        .get(&url)
-        .call()
-        .with_context(|| format!("no daemon answers on {admin}: is `sluice run` there? see --admin"))?;
-    let text = answer.body_mut().read_to_string().with_context(|| format!("GET {url}"))?;
+    let path = format!("/api/v1/trace?from={client}&to={destination}&proto={protocol}");
+    let text = get::ask(admin, &path)?;
     serde_json::from_str(&text).context("the daemon's answer is not understood")
 }

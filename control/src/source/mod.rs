@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use k8s_openapi::api::core::v1::Node;
+
 use crate::object::{Key, Object};
 use crate::problem::{Origin, Problem};
 
@@ -16,6 +18,17 @@ pub enum Change {
     Apply(Object, Origin),
     /// The object is gone.
     Delete(Key),
+}
+
+impl Change {
+    /// The Node of this name, when it is what is applied.
+    #[must_use]
+    pub fn node(&self, name: &str) -> Option<&Node> {
+        match self {
+            Self::Apply(Object::Node(node), _) if node.metadata.name.as_deref() == Some(name) => Some(node),
+            Self::Apply(..) | Self::Delete(_) => None,
+        }
+    }
 }
 
 /// Changes that belong together, and the state of the source after them. One update makes at most one new table.
