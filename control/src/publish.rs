@@ -10,7 +10,7 @@ use crate::address;
 use crate::config::Config;
 use crate::local::LocalControllers;
 use crate::node::NodeFacts;
-use crate::object::name_of;
+use crate::object::{SERVICE_NAME_LABEL, name_of, service_of};
 use crate::problem::Problem;
 use crate::resolve::{Rules, resolve};
 use crate::source::Update;
@@ -133,8 +133,37 @@ impl Publisher {
             let problem = Problem::error("spec", message).about(format!("Service {}", conflict.loser));
             origin.map_or(problem.clone(), |origin| problem.from(origin))
         }));
+        problems.extend(self.loops());
+        problems.extend(self.store.slices_without_service().map(|slice| {
+            let label = format!("metadata.labels[{SERVICE_NAME_LABEL}]");
+            let (message, name) = match service_of(&slice.object) {
+                Some(service) => (format!("there is no Service {service}"), name_of(&slice.object.metadata)),
+                None => ("is missing: the slice belongs to no Service".to_owned(), name_of(&slice.object.metadata)),
+            };
+            Problem::warning(label, message).about(format!("EndpointSlice {name}")).from(&slice.origin)
+        }));
         problems.sort();
         problems.dedup();
+        problems
+    }
+
+    /// Endpoints that are frontends of ours. They get no flows.
+    fn loops(&self) -> Vec<Problem> {
+        let table = self.builder.current();
+        let mut problems = Vec::new();
+        for spec in self.builder.services() {
+            for port in &spec.ports {
+                let endpoints = port.cluster.addresses.iter().chain(&port.local.addresses);
+                for endpoint in endpoints.filter(|endpoint| table.leads_back(**endpoint, port.protocol)) {
+                    let service = table.frontend(endpoint.ip(), *endpoint, port.protocol).map(|it| &it.port.service);
+                    let whose = service.map_or("a ClusterIP".to_owned(), |it| format!("a frontend of Service {it}"));
+                    let message = format!("{endpoint} is {whose}: a loop, it gets no traffic");
+                    let problem = Problem::error("endpoints", message).about(format!("Service {}", spec.name));
+                    let origin = self.store.service(&spec.name).map(|service| &service.origin);
+                    problems.push(origin.map_or(problem.clone(), |origin| problem.from(origin)));
+                }
+            }
+        }
         problems
     }
 

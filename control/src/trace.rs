@@ -36,18 +36,30 @@ pub fn trace(table: &RoutingTable, flow: &NewFlow) -> Traced {
         Verdict::Forward { endpoints, masquerade } => (endpoints, masquerade),
         Verdict::Reject | Verdict::Drop | Verdict::Pass => (&[][..], false),
     };
+    let usable: Vec<SocketAddr> = list
+        .iter()
+        .map(|endpoint| endpoint.address)
+        .filter(|endpoint| !table.leads_back(*endpoint, flow.protocol))
+        .collect();
     // An endpoint that reaches itself must not see its own address, or it would answer itself.
-    let is_itself = !list.is_empty() && list.iter().all(|endpoint| endpoint.address.ip() == flow.client);
-    let mut endpoints: Vec<String> = list.iter().map(|endpoint| endpoint.address.to_string()).collect();
+    let is_itself = !usable.is_empty() && usable.iter().all(|endpoint| endpoint.ip() == flow.client);
+    let mut endpoints: Vec<String> = usable.iter().map(SocketAddr::to_string).collect();
     endpoints.sort_unstable();
+    let (mut outcome, mut reason) = (decision.verdict.outcome(), decision.reason.to_string());
+    if usable.len() < list.len() {
+        reason += &format!("; {} of them refused, being frontends themselves", list.len() - usable.len());
+        if usable.is_empty() {
+            outcome = Outcome::Drop;
+        }
+    }
     Traced {
-        outcome: decision.verdict.outcome(),
+        outcome,
         service: port.map(|port| port.service.to_string()),
         port: port.map(|port| port.name.to_string()),
         frontend: decision.frontend.map(|frontend| frontend.kind.name().to_owned()),
         endpoints,
-        masquerade: masquerade || is_itself,
-        reason: decision.reason.to_string(),
+        masquerade: outcome == Outcome::Forward && (masquerade || is_itself),
+        reason,
     }
 }
 

@@ -55,3 +55,41 @@ pub(super) fn source_ranges(spec: &ServiceSpec, problems: &mut Problems<'_>) -> 
 pub(super) fn admit_vips(ranges: &[IpNet], node: &NodeFacts) -> bool {
     ranges.iter().any(|range| node.primary.iter().any(|address| range.contains(address)))
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use crate::resolve::testing::{fields, port, resolved, service, text};
+
+    #[test]
+    fn only_addresses_that_are_not_the_load_balancers_own_are_served() {
+        let mut web = service(json!({}));
+        web["status"]["loadBalancer"]["ingress"] = json!([
+            {"ip": "192.0.2.1"}, {"ip": "192.0.2.02", "ipMode": "VIP"}, {"ip": "192.0.2.3", "ipMode": "Proxy"},
+            {"hostname": "example.org"}, {"ip": ""}, {"ip": "2001:db8::1"}, {"ip": "192.0.2.1"},
+            {"ip": "192.0.2.4", "ipMode": "Fancy"}, {"ip": "lb"}, {"ip": "127.0.0.1"},
+        ]);
+        let found = resolved(&web, &[]);
+        let bad = ["[7].ipMode", "[8].ip", "[9].ip"];
+        assert_eq!(fields(&found), text(&bad.map(|it| format!("Service ns/web: status.loadBalancer.ingress{it}"))));
+        assert_eq!(text(&found.spec.unwrap().ports[0].load_balancer_ips), ["192.0.2.1", "192.0.2.2"]);
+    }
+
+    #[test]
+    fn ranges_are_of_one_family_and_admit_the_addresses_when_they_admit_the_node() {
+        for (ranges, kept, admit) in [
+            (json!([]), &[][..], false),
+            (json!(["203.0.113.0/24"]), &["203.0.113.0/24"], false),
+            (json!([" 192.168.000.9/24 ", "203.0.113.0/24"]), &["192.168.0.0/24", "203.0.113.0/24"], true),
+            // The node's second address does not count.
+            (json!(["192.168.0.3/32"]), &["192.168.0.3/32"], false),
+            (json!(["fd00:1::/64"]), &[], false),
+        ] {
+            let port = port(&service(json!({"loadBalancerSourceRanges": ranges})), &[]);
+            assert_eq!((text(&port.source_ranges), port.source_ranges_admit_vips), (text(kept), admit), "{ranges}");
+        }
+        let found = resolved(&service(json!({"loadBalancerSourceRanges": ["203.0.113.0"]})), &[]);
+        assert_eq!(fields(&found), ["Service ns/web: spec.loadBalancerSourceRanges[0]"]);
+    }
+}

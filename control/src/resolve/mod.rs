@@ -9,6 +9,8 @@ mod frontends;
 mod load_balancer;
 mod node_port;
 mod problems;
+#[cfg(test)]
+mod testing;
 mod topology;
 mod traffic_policy;
 
