@@ -1,6 +1,6 @@
 //! Configuration: every key, its default and its unit. Flags override the file.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -103,13 +103,23 @@ impl Config {
         if config.kind != KIND {
             return Err(format!("kind: {:?} is not known: use {KIND}", config.kind));
         }
-        if config.workers == Some(0) || config.workers.is_some_and(|workers| workers > 64) {
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Checks values that flags may have set. The error names the key.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        self.check().map_err(|reason| ConfigError { path: PathBuf::from("configuration"), reason })
+    }
+
+    fn check(&self) -> Result<(), String> {
+        if self.workers.is_some_and(|workers| !(1..=64).contains(&workers)) {
             return Err("workers: use a number from 1 to 64".to_owned());
         }
-        if config.flow_table_size == 0 {
+        if self.flow_table_size == 0 {
             return Err("flowTableSize: must be more than 0".to_owned());
         }
-        Ok(config)
+        Ok(())
     }
 
     /// The node's name: configured, or the host's name in lower case.
@@ -223,12 +233,6 @@ impl<'de> Deserialize<'de> for PortRange {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
     }
-}
-
-/// The first address of a family, as Kubernetes' `primary` means it.
-#[must_use]
-pub fn first_of_family(addresses: &[IpAddr], ipv4: bool) -> Option<IpAddr> {
-    addresses.iter().copied().find(|address| address.is_ipv4() == ipv4)
 }
 
 #[cfg(test)]

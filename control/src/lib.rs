@@ -4,7 +4,12 @@
 //! [`resolve`] turns one Service into plain data for the table, [`publish`] swaps the table in. This crate never sees a
 //! packet.
 
+pub mod address;
+pub mod admin;
+pub mod cli;
 pub mod config;
+pub mod daemon;
+pub mod host;
 pub mod local;
 pub mod node;
 pub mod object;
@@ -13,3 +18,4 @@ pub mod publish;
 pub mod resolve;
 pub mod source;
 pub mod store;
+pub mod trace;

@@ -1,2 +1,5 @@
 //! The `sluice` command.
-fn main() {}
+
+fn main() -> std::process::ExitCode {
+    sluice_control::cli::main()
+}

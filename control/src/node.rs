@@ -7,6 +7,7 @@ use k8s_openapi::api::core::v1::Node;
 use sluice_dataplane::net::Family;
 use sluice_dataplane::table::NodeSpec;
 
+use crate::address;
 use crate::config::{Config, NodePortAddress};
 use crate::object::{ZONE_LABEL, label};
 
@@ -37,7 +38,7 @@ impl NodeFacts {
         let status = node.and_then(|node| node.status.as_ref()).and_then(|status| status.addresses.as_ref());
         let of_type = |wanted: &str| {
             let addresses = status.into_iter().flatten().filter(move |address| address.type_ == wanted);
-            addresses.filter_map(|address| address.address.parse().ok()).collect::<Vec<IpAddr>>()
+            addresses.filter_map(|address| address::parse(&address.address)).collect::<Vec<IpAddr>>()
         };
         // Internal addresses first, as kube-proxy's GetNodeHostIPs.
         let declared: Vec<IpAddr> = [of_type("InternalIP"), of_type("ExternalIP")].concat();
@@ -58,7 +59,7 @@ impl NodeFacts {
             zone: node.and_then(|node| label(&node.metadata, ZONE_LABEL)).map(str::to_owned),
             primary,
             addresses,
-            pod_cidrs: pod_cidrs.into_iter().flatten().filter_map(|range| range.parse().ok()).collect(),
+            pod_cidrs: pod_cidrs.into_iter().flatten().filter_map(|range| address::parse_range(&range)).collect(),
             eligible: !is_leaving,
         }
     }
@@ -97,12 +98,12 @@ impl NodeFacts {
     }
 }
 
-/// Loopback ranges that are named, by themselves or by `localhost`: a range that merely contains loopback names it not.
+/// Loopback ranges on which node ports answer. Only the word `localhost` asks for them: a CIDR, even one inside loopback,
+/// matches no loopback address, as in kube-proxy's nftables mode.
 fn node_port_loopback(config: &Config) -> Vec<IpNet> {
     let constant = |text: &str| text.parse::<IpNet>().expect("a constant range");
     let ranges = config.node_port_addresses.iter().flat_map(|entry| match entry {
         NodePortAddress::Localhost => vec![constant("127.0.0.0/8"), constant("::1/128")],
-        NodePortAddress::Range(range) if range.network().is_loopback() => vec![*range],
         NodePortAddress::Primary | NodePortAddress::All | NodePortAddress::Range(_) => Vec::new(),
     });
     ranges.collect()

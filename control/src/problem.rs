@@ -10,11 +10,11 @@ use serde::Serialize;
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "camelCase", tag = "from")]
 pub enum Origin {
-    /// A document of a file; `document` counts from 1.
+    /// A document of a file.
     File {
         /// The file.
         path: Arc<Path>,
-        /// Number of the document in it.
+        /// Number of the document in it, from 1; 0 is the whole file.
         document: usize,
     },
     /// Made up by the controllers' part that the folder source plays.
@@ -24,6 +24,7 @@ pub enum Origin {
 impl fmt::Display for Origin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::File { path, document: 0 } => write!(f, "{}", path.display()),
             Self::File { path, document } => write!(f, "{}, document {document}", path.display()),
             Self::LocalController => f.write_str("made up by local controllers"),
         }

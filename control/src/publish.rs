@@ -4,12 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use ipnet::IpNet;
 use sluice_dataplane::table::{NodeSpec, RoutingTable, ServiceName, Slots, TableBuilder};
 
+use crate::address;
 use crate::config::Config;
 use crate::local::LocalControllers;
 use crate::node::NodeFacts;
+use crate::object::name_of;
 use crate::problem::Problem;
 use crate::resolve::{Rules, resolve};
 use crate::source::Update;
@@ -33,7 +34,13 @@ impl Publisher {
     /// Without objects. `interfaces`: the host's own addresses, empty where only files count.
     #[must_use]
     pub fn new(config: Config, interfaces: Vec<IpAddr>, slots: Arc<Slots>) -> Self {
-        let rules = Rules { service_proxy_name: config.service_proxy_name.clone(), balancing: config.balancing };
+        let rules = Rules {
+            service_proxy_name: config.service_proxy_name.clone(),
+            balancing: config.balancing,
+            service_cidrs: Vec::new(),
+            node_port_range: config.node_port_range,
+            fill_in_defaults: config.local_controllers,
+        };
         let mut publisher = Self {
             rules,
             local: config.local_controllers.then(|| LocalControllers::new(&config)),
@@ -92,6 +99,12 @@ impl Publisher {
         &self.builder
     }
 
+    /// Fields of a Service that local controllers made up.
+    #[must_use]
+    pub fn made_up(&self, _service: &ServiceName) -> &[&'static str] {
+        &[]
+    }
+
     /// Frees counters nobody uses. Call it now and then.
     pub fn release_idle(&mut self) {
         self.builder.release_idle();
@@ -126,8 +139,8 @@ impl Publisher {
             let (facts, spec) = (self.node.clone(), self.builder.node().clone());
             self.learn_node();
             changed |= *self.builder.node() != spec;
-            if self.node != facts {
-                // Zone, name and addresses decide about every Service's endpoints.
+            if self.node != facts || self.builder.node().service_cidrs != spec.service_cidrs {
+                // Zone, name, addresses and Service ranges decide about every Service's endpoints.
                 touched.services.extend(self.store.services().map(|(name, _)| name.clone()));
             }
         }
@@ -144,8 +157,18 @@ impl Publisher {
         };
         let slices = self.store.slices(name).map(|slice| &*slice.object);
         let resolved = resolve(&service.object, slices, &self.node, &self.rules);
-        let problems: Vec<Problem> =
-            resolved.problems.into_iter().map(|problem| problem.from(&service.origin)).collect();
+        let origin = |problem: &Problem| {
+            let slice = problem.object.as_deref().and_then(|object| object.strip_prefix("EndpointSlice "));
+            let mut slices = self.store.slices(name);
+            let slice =
+                slice.and_then(|wanted| slices.find(|slice| name_of(&slice.object.metadata).to_string() == wanted));
+            slice.map_or(&service.origin, |slice| &slice.origin).clone()
+        };
+        let located = |problem: Problem| {
+            let origin = origin(&problem);
+            problem.from(&origin)
+        };
+        let problems: Vec<Problem> = resolved.problems.into_iter().map(located).collect();
         if problems.is_empty() {
             self.service_problems.remove(name);
         } else {
@@ -162,13 +185,14 @@ impl Publisher {
         let node = self.store.node(&name).map(|node| &*node.object);
         self.node = NodeFacts::new(&name, node, &self.interfaces);
         let spec = self.node_spec();
+        self.rules.service_cidrs.clone_from(&spec.service_cidrs);
         self.builder.set_node(spec);
     }
 
     fn node_spec(&self) -> NodeSpec {
         let mut ranges = self.config.service_cidrs();
         let declared = self.store.service_cidrs().filter_map(|object| object.object.spec.as_ref()?.cidrs.as_ref());
-        ranges.extend(declared.flatten().filter_map(|range| range.parse::<IpNet>().ok()));
+        ranges.extend(declared.flatten().filter_map(|range| address::parse_range(range)));
         ranges.sort_unstable();
         ranges.dedup();
         self.node.spec(&self.config, ranges)

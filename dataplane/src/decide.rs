@@ -3,7 +3,7 @@
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::net::{Family, Protocol};
 use crate::table::{Endpoint, Endpoints, Frontend, FrontendKind, RoutingTable, TrafficPolicy};
@@ -110,7 +110,7 @@ impl fmt::Display for Reason<'_> {
 }
 
 /// Outcome names of `trace -o json`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Outcome {
     /// Sent to an endpoint.

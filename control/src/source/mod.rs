@@ -2,11 +2,14 @@
 
 use std::collections::BTreeMap;
 
+use k8s_openapi::api::core::v1::Node;
+
 use crate::object::{Key, Object};
 use crate::problem::{Origin, Problem};
 
 pub mod folder;
 pub mod manifest;
+mod watch;
 
 /// One change of one object.
 #[derive(Clone, Debug, PartialEq)]
@@ -15,6 +18,17 @@ pub enum Change {
     Apply(Object, Origin),
     /// The object is gone.
     Delete(Key),
+}
+
+impl Change {
+    /// The Node of this name, when it is what is applied.
+    #[must_use]
+    pub fn node(&self, name: &str) -> Option<&Node> {
+        match self {
+            Self::Apply(Object::Node(node), _) if node.metadata.name.as_deref() == Some(name) => Some(node),
+            Self::Apply(..) | Self::Delete(_) => None,
+        }
+    }
 }
 
 /// Changes that belong together, and the state of the source after them. One update makes at most one new table.

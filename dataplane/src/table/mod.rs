@@ -131,6 +131,20 @@ pub struct ServicePort {
     pub has_any_endpoint: bool,
 }
 
+impl ServicePort {
+    /// The policy of a kind of frontend, and the endpoints that it allows to clients outside.
+    pub fn policy(&self, kind: FrontendKind) -> (TrafficPolicy, &Endpoints) {
+        let policy = match kind {
+            FrontendKind::ClusterIp => self.internal_policy,
+            FrontendKind::NodePort | FrontendKind::LoadBalancer | FrontendKind::ExternalIp => self.external_policy,
+        };
+        match policy {
+            TrafficPolicy::Cluster => (policy, &self.cluster),
+            TrafficPolicy::Local => (policy, &self.local),
+        }
+    }
+}
+
 /// What the table knows of the node.
 #[derive(Debug, Default)]
 pub struct Node {

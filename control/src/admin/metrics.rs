@@ -1,0 +1,187 @@
+//! Metrics: every name, label and meaning. Counters of Services and endpoints are read from their slots when somebody
+//! asks, so they cost the packet path nothing more.
+
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use metrics::{Label, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use sluice_dataplane::net::Direction;
+use sluice_dataplane::table::FrontendKind;
+
+use super::views;
+use crate::daemon::State;
+use crate::problem::Severity;
+
+const APPLY_SECONDS: &str = "sluice_table_apply_duration_seconds";
+const REPAIRS: &str = "sluice_host_repairs_total";
+
+/// Events counted since start, in the process-wide recorder.
+static EVENTS: OnceLock<PrometheusHandle> = OnceLock::new();
+
+/// Installs the process-wide recorder.
+pub fn install() -> Result<()> {
+    let buckets: Vec<f64> = (0..15).map(|power| 0.0001 * f64::from(1 << power)).collect();
+    let recorder = PrometheusBuilder::new()
+        .set_buckets_for_metric(Matcher::Full(APPLY_SECONDS.to_owned()), &buckets)
+        .context("buckets of a histogram")?
+        .build_recorder();
+    EVENTS.get_or_init(|| recorder.handle());
+    metrics::set_global_recorder(recorder).map_err(|error| anyhow::anyhow!("metrics: {error}"))?;
+    describe_histogram!(APPLY_SECONDS, "Time from an update to its routing table being in force");
+    describe_counter!(REPAIRS, "Host state of ours that somebody else changed and that was put right");
+    Ok(())
+}
+
+/// A table is in force.
+pub fn table_applied(took: Duration) {
+    histogram!(APPLY_SECONDS).record(took);
+}
+
+/// Host state was put right.
+pub fn host_repaired(object: &str) {
+    counter!(REPAIRS, "object" => object.to_owned()).increment(1);
+}
+
+/// All metrics as Prometheus text.
+#[must_use]
+pub fn render(state: &State) -> String {
+    // A recorder of the moment: what no longer exists leaves no series behind.
+    let recorder = PrometheusBuilder::new().build_recorder();
+    metrics::with_local_recorder(&recorder, || {
+        describe();
+        record_services(state);
+        record_endpoints(state);
+        record_packet_path(state);
+    });
+    let events = EVENTS.get().map(PrometheusHandle::render).unwrap_or_default();
+    recorder.handle().render() + &events
+}
+
+fn describe() {
+    describe_counter!("sluice_flows_opened_total", "Flows opened, by Service port and kind of frontend");
+    describe_gauge!("sluice_flows_active", "Flows open now, by Service port");
+    describe_counter!("sluice_flows_rejected_total", "Flows refused because no endpoint could serve, by Service port");
+    describe_counter!("sluice_flows_dropped_total", "Flows dropped by a rule, by Service port");
+    describe_counter!("sluice_bytes_total", "Bytes of IP packets, by Service port; in is from clients");
+    describe_counter!("sluice_packets_total", "Packets, by Service port; an offloaded segment train counts once");
+    describe_counter!("sluice_endpoint_flows_opened_total", "Flows opened, by endpoint of a Service port");
+    describe_gauge!("sluice_endpoint_flows_active", "Flows open now, by endpoint of a Service port");
+    describe_counter!("sluice_endpoint_bytes_total", "Bytes of IP packets, by endpoint; in is from clients");
+    describe_counter!("sluice_endpoint_packets_total", "Packets, by endpoint of a Service port");
+    describe_gauge!("sluice_endpoints", "Endpoints that new flows may get, by Service port");
+    describe_gauge!("sluice_table_generation", "Number of the routing table in force");
+    describe_gauge!("sluice_table_services", "Services in the routing table");
+    describe_gauge!("sluice_table_frontends", "Frontends in the routing table");
+    describe_gauge!("sluice_flow_table_entries", "Flows in the flow table");
+    describe_gauge!("sluice_flow_table_capacity", "Most flows the flow table holds");
+    describe_counter!("sluice_flow_table_evictions_total", "Flows pushed out of a full flow table");
+    describe_counter!("sluice_drops_total", "Packets dropped, by reason");
+    describe_gauge!("sluice_problems", "Things wrong with objects now, by severity");
+    describe_gauge!("sluice_skipped_objects", "Objects of kinds that are not used, by kind");
+    describe_gauge!("sluice_build_info", "1, labelled with the version");
+}
+
+fn labels(namespace: &str, service: &str, port: &str, protocol: &str, more: &[(&'static str, String)]) -> Vec<Label> {
+    let mut labels = vec![
+        Label::new("namespace", namespace.to_owned()),
+        Label::new("service", service.to_owned()),
+        Label::new("port", port.to_owned()),
+        Label::new("protocol", protocol.to_owned()),
+    ];
+    labels.extend(more.iter().map(|(name, value)| Label::new(*name, value.clone())));
+    labels
+}
+
+fn record_services(state: &State) {
+    let publisher = state.publisher();
+    let (builder, slots) = (publisher.builder(), &state.shared.slots);
+    let mut count = 0_u32;
+    for spec in builder.services() {
+        count += 1;
+        for ports in views::by_port(spec) {
+            let port = ports[0];
+            let labels = |more: &[(&'static str, String)]| {
+                labels(&spec.name.namespace, &spec.name.name, &port.name, port.protocol.name(), more)
+            };
+            let Some(slot) = builder.port_slot(&spec.name, &port.name, port.protocol) else { continue };
+            let totals = slots.port_totals(slot);
+            for kind in FrontendKind::ALL {
+                let opened = totals.opened[kind as usize];
+                // A Service without node ports needs no series about them.
+                if opened > 0 || kind == FrontendKind::ClusterIp {
+                    counter!("sluice_flows_opened_total", labels(&[("frontend", kind.name().to_owned())]))
+                        .absolute(opened);
+                }
+            }
+            counter!("sluice_flows_rejected_total", labels(&[("reason", "no_endpoints".to_owned())]))
+                .absolute(totals.rejected);
+            counter!("sluice_flows_dropped_total", labels(&[])).absolute(totals.dropped);
+            for direction in [Direction::Request, Direction::Reply] {
+                let at = direction.index();
+                let way = [("direction", way(direction))];
+                counter!("sluice_bytes_total", labels(&way)).absolute(totals.bytes[at]);
+                counter!("sluice_packets_total", labels(&way)).absolute(totals.packets[at]);
+            }
+            let usable: usize = ports.iter().map(|port| port.cluster.addresses.len()).sum();
+            gauge!("sluice_endpoints", labels(&[])).set(usable as f64);
+        }
+    }
+    gauge!("sluice_table_services").set(count);
+    let problems = publisher.problems();
+    for (severity, name) in [(Severity::Error, "error"), (Severity::Warning, "warning")] {
+        let count = problems.iter().filter(|problem| problem.severity == severity).count();
+        gauge!("sluice_problems", "severity" => name).set(count as f64);
+    }
+    for (kind, count) in publisher.skipped() {
+        gauge!("sluice_skipped_objects", "kind" => kind.clone()).set(*count as f64);
+    }
+}
+
+fn way(direction: Direction) -> String {
+    match direction {
+        Direction::Request => "in".to_owned(),
+        Direction::Reply => "out".to_owned(),
+    }
+}
+
+fn record_endpoints(state: &State) {
+    let mut active_of_port = std::collections::BTreeMap::<_, u64>::new();
+    for view in views::endpoints(state).items {
+        let labels = |more: &[(&'static str, String)]| {
+            let endpoint = [("endpoint", view.address.to_string())];
+            labels(&view.namespace, &view.service, &view.port_name, &view.protocol, &[&endpoint, more].concat())
+        };
+        // Endpoints nobody has used yet cost no series.
+        if view.opened > 0 || view.active > 0 {
+            counter!("sluice_endpoint_flows_opened_total", labels(&[])).absolute(view.opened);
+            gauge!("sluice_endpoint_flows_active", labels(&[])).set(view.active as f64);
+            for (way, bytes, packets) in
+                [("in", view.bytes_in, view.packets_in), ("out", view.bytes_out, view.packets_out)]
+            {
+                let way = [("direction", way.to_owned())];
+                counter!("sluice_endpoint_bytes_total", labels(&way)).absolute(bytes);
+                counter!("sluice_endpoint_packets_total", labels(&way)).absolute(packets);
+            }
+        }
+        *active_of_port.entry((view.namespace, view.service, view.port_name, view.protocol)).or_default() +=
+            view.active;
+    }
+    for ((namespace, service, port, protocol), active) in active_of_port {
+        gauge!("sluice_flows_active", labels(&namespace, &service, &port, &protocol, &[])).set(active as f64);
+    }
+}
+
+fn record_packet_path(state: &State) {
+    let (shared, table) = (&state.shared, state.shared.table());
+    gauge!("sluice_table_generation").set(table.generation() as f64);
+    gauge!("sluice_table_frontends").set(table.len() as f64);
+    gauge!("sluice_flow_table_entries").set(shared.flow_count() as f64);
+    gauge!("sluice_flow_table_capacity").set(shared.flow_capacity() as f64);
+    counter!("sluice_flow_table_evictions_total").absolute(shared.evictions());
+    for (reason, packets) in shared.drops() {
+        counter!("sluice_drops_total", "reason" => reason).absolute(packets);
+    }
+    gauge!("sluice_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1);
+}

@@ -1,0 +1,74 @@
+//! HTTP surfaces: metrics and admin API on one address, health on another.
+//!
+//! | path | answer |
+//! | --- | --- |
+//! | `/metrics` | Prometheus text |
+//! | `/healthz`, `/livez` | 200 or 503, JSON as kube-proxy's |
+//! | `/api/v1/services`, `endpoints`, `frontends`, `flows` | lists behind `sluice get` |
+//! | `/api/v1/problems` | everything that is wrong with objects now |
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use anyhow::Result;
+use axum::extract::State as Extract;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::IntoResponse;
+use axum::routing::get;
+use axum::{Json, Router};
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+
+use crate::daemon::State;
+use crate::host::Lacking;
+
+pub mod health;
+pub mod metrics;
+pub mod views;
+
+/// Listens on both addresses. The servers end when the set is dropped.
+pub async fn serve(state: &Arc<State>) -> Result<JoinSet<std::io::Result<()>>> {
+    let health = Router::new()
+        .route("/healthz", get(health::healthz))
+        .route("/livez", get(health::livez))
+        .with_state(Arc::clone(state));
+    let admin = Router::new()
+        .route("/metrics", get(render_metrics))
+        .route("/api/v1/services", get(|Extract(state): Extract<Arc<State>>| list(state, views::services)))
+        .route("/api/v1/endpoints", get(|Extract(state): Extract<Arc<State>>| list(state, views::endpoints)))
+        .route("/api/v1/frontends", get(|Extract(state): Extract<Arc<State>>| list(state, views::frontends)))
+        .route("/api/v1/flows", get(|Extract(state): Extract<Arc<State>>| list(state, views::flows)))
+        .route("/api/v1/problems", get(|Extract(state): Extract<Arc<State>>| list(state, views::problems)))
+        .with_state(Arc::clone(state))
+        .merge(health.clone());
+    let mut servers = JoinSet::new();
+    for (address, router, flag) in [(state.config.admin, admin, "--admin"), (state.config.health, health, "--health")] {
+        let listener = listen(address, flag).await?;
+        servers.spawn(async move { axum::serve(listener, router).await });
+    }
+    Ok(servers)
+}
+
+async fn listen(address: SocketAddr, flag: &str) -> Result<TcpListener> {
+    TcpListener::bind(address)
+        .await
+        .map_err(|error| Lacking(format!("cannot listen on {address}: {error}: choose another with {flag}")).into())
+}
+
+async fn render_metrics(Extract(state): Extract<Arc<State>>) -> impl IntoResponse {
+    let text = tokio::task::spawn_blocking(move || metrics::render(&state)).await.unwrap_or_default();
+    ([(CONTENT_TYPE, "text/plain; version=0.0.4")], text)
+}
+
+/// A list, made off the threads that serve: it may be long.
+async fn list<T: serde::Serialize + Send + 'static>(
+    state: Arc<State>,
+    view: fn(&State) -> views::List<T>,
+) -> impl IntoResponse {
+    match tokio::task::spawn_blocking(move || view(&state)).await {
+        Ok(list) => Json(list).into_response(),
+        Err(error) => {
+            (axum::http::StatusCode::INTERNAL_SERVER_ERROR, format!("the list cannot be made: {error}")).into_response()
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! The TUN link and the addresses of the host.
+
+use std::net::IpAddr;
+
+use anyhow::{Context as _, Result};
+use futures_util::TryStreamExt as _;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
+use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use rtnetlink::{Handle, LinkUnspec};
+
+use super::{LINK, sysctl};
+
+/// Addresses of the host, loopback and link-local ones left out, in the kernel's order.
+pub(super) async fn addresses(netlink: &Handle) -> Result<Vec<IpAddr>> {
+    let messages: Vec<AddressMessage> =
+        netlink.address().get().execute().try_collect().await.context("cannot list the host's addresses")?;
+    let address = |message: &AddressMessage| {
+        let find = |local: bool| {
+            message.attributes.iter().find_map(|attribute| match attribute {
+                AddressAttribute::Local(address) if local => Some(*address),
+                AddressAttribute::Address(address) if !local => Some(*address),
+                _ => None,
+            })
+        };
+        // On a point-to-point link "address" is the peer's.
+        find(true).or_else(|| find(false))
+    };
+    let is_own = |address: &IpAddr| match address {
+        IpAddr::V4(address) => !address.is_loopback() && !address.is_link_local(),
+        IpAddr::V6(address) => !address.is_loopback() && !address.is_unicast_link_local(),
+    };
+    Ok(messages.iter().filter_map(address).filter(is_own).collect())
+}
+
+/// Brings the link up with the settings that packets of our making need. The link must be there.
+pub(super) async fn set_up(netlink: &Handle) -> Result<Vec<String>> {
+    let link = find(netlink).await?.with_context(|| format!("the link {LINK} is gone"))?;
+    let mut changes = sysctl::set_link(LINK)?;
+    let mtu = largest_mtu(netlink).await?;
+    let has_mtu = link.attributes.iter().any(|attribute| *attribute == LinkAttribute::Mtu(mtu));
+    if !has_mtu || !link.header.flags.contains(LinkFlags::Up) {
+        let message = LinkUnspec::new_with_index(link.header.index).mtu(mtu).up().build();
+        netlink.link().set(message).execute().await.with_context(|| format!("cannot bring {LINK} up"))?;
+        changes.push(format!("link {LINK}"));
+    }
+    Ok(changes)
+}
+
+/// Index of the link, when it is there.
+pub(super) async fn index(netlink: &Handle) -> Result<Option<u32>> {
+    Ok(find(netlink).await?.map(|link| link.header.index))
+}
+
+/// Removes the link, when it is there.
+pub(super) async fn remove(netlink: &Handle) -> Result<Vec<String>> {
+    let Some(index) = index(netlink).await? else { return Ok(Vec::new()) };
+    netlink.link().del(index).execute().await.with_context(|| format!("cannot remove the link {LINK}"))?;
+    Ok(vec![format!("link {LINK}")])
+}
+
+async fn find(netlink: &Handle) -> Result<Option<LinkMessage>> {
+    let links = all(netlink).await?;
+    let is_ours = |link: &LinkMessage| {
+        link.attributes.iter().any(|attribute| matches!(attribute, LinkAttribute::IfName(name) if name == LINK))
+    };
+    Ok(links.into_iter().find(is_ours))
+}
+
+async fn all(netlink: &Handle) -> Result<Vec<LinkMessage>> {
+    netlink.link().get().execute().try_collect().await.context("cannot list the host's links")
+}
+
+/// What fits through some link of the host must fit through ours, or path MTU discovery finds the wrong bottleneck.
+async fn largest_mtu(netlink: &Handle) -> Result<u32> {
+    let mtu = |link: LinkMessage| {
+        let is_other = |attribute: &LinkAttribute| matches!(attribute, LinkAttribute::IfName(name) if name != LINK);
+        let counts = !link.header.flags.contains(LinkFlags::Loopback) && link.attributes.iter().any(is_other);
+        let mut attributes = link.attributes.into_iter().filter(|_| counts);
+        attributes.find_map(|attribute| match attribute {
+            LinkAttribute::Mtu(mtu) => Some(mtu),
+            _ => None,
+        })
+    };
+    Ok(all(netlink).await?.into_iter().filter_map(mtu).max().unwrap_or(0).clamp(1500, 65_521))
+}

@@ -1,0 +1,182 @@
+//! Our one nftables table, which never changes when Services do: it keeps packets of the packet path out of connection
+//! tracking, except those of flows that keep the client's address, and marks what must come back to us.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::net::IpAddr;
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
+
+use anyhow::{Context as _, Result};
+use serde_json::Value;
+use sluice_dataplane::net::Family;
+
+use super::{LINK, Lacking, MARK, MARK_MASK, Plan, sysctl};
+
+const TABLE: &str = "sluice";
+const RESERVED: &str = "reserved_ports";
+
+/// Fails unless `nft` is there and may be used.
+pub fn require() -> Result<()> {
+    list(&["tables"]).map(|_| ())
+}
+
+/// The ports that we have reserved on this host; nothing when our table is not there.
+pub(super) fn reserved_ports() -> Result<Option<BTreeSet<u16>>> {
+    let tables = list(&["tables", "inet"])?;
+    let is_ours = |entry: &Value| entry["table"]["name"] == TABLE;
+    if !tables["nftables"].as_array().is_some_and(|entries| entries.iter().any(is_ours)) {
+        return Ok(None);
+    }
+    let set = list(&["set", "inet", TABLE, RESERVED])?;
+    let sets = set["nftables"].as_array().into_iter().flatten();
+    let elements = sets.filter_map(|entry| entry["set"]["elem"].as_array()).flatten();
+    let port = |value: &Value| u16::try_from(value.as_u64()?).ok();
+    let range = |element: &Value| match element["range"].as_array() {
+        Some(ends) => Some(port(ends.first()?)?..=port(ends.get(1)?)?),
+        None => port(element).map(|port| port..=port),
+    };
+    Ok(Some(elements.filter_map(range).flatten().collect()))
+}
+
+/// Puts the table in place of the last one, in one transaction. `reserved`: noted for [`reserved_ports`]. Returns whether
+/// it differs from what this process put there before.
+pub(super) fn apply(plan: &Plan, reserved: &BTreeSet<u16>) -> Result<bool> {
+    static LAST: Mutex<String> = Mutex::new(String::new());
+    let text = ruleset(plan, reserved);
+    run(&text)?;
+    let mut last = LAST.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    Ok(std::mem::replace(&mut *last, text.clone()) != text)
+}
+
+/// Removes the table.
+pub(super) fn remove() -> Result<()> {
+    run(&format!("add table inet {TABLE}\ndelete table inet {TABLE}\n"))
+}
+
+fn list(arguments: &[&str]) -> Result<Value> {
+    let output = command().arg("-j").arg("list").args(arguments).output().map_err(missing)?;
+    if !output.status.success() {
+        return Err(refused(&output.stderr));
+    }
+    serde_json::from_slice(&output.stdout).context("nft prints what is no JSON")
+}
+
+fn run(script: &str) -> Result<()> {
+    let mut child = command()
+        .args(["-f", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(missing)?;
+    let mut input = child.stdin.take().context("nft has no input")?;
+    input.write_all(script.as_bytes()).context("cannot write to nft")?;
+    drop(input);
+    let output = child.wait_with_output().context("nft cannot be waited for")?;
+    if !output.status.success() {
+        return Err(refused(&output.stderr));
+    }
+    Ok(())
+}
+
+fn command() -> Command {
+    let mut command = Command::new("nft");
+    // It lives where a user's path does not always lead.
+    let path = std::env::var("PATH").unwrap_or_default();
+    command.env("PATH", format!("{path}:/usr/sbin:/sbin"));
+    command
+}
+
+fn missing(error: std::io::Error) -> anyhow::Error {
+    Lacking(format!("cannot run nft: {error}: install nftables")).into()
+}
+
+fn refused(stderr: &[u8]) -> anyhow::Error {
+    let text = String::from_utf8_lossy(stderr);
+    Lacking(format!("nftables cannot be used: {}", text.trim())).into()
+}
+
+/// The whole table as an nft script.
+fn ruleset(plan: &Plan, reserved: &BTreeSet<u16>) -> String {
+    let mut chains = Chains::default();
+    for family in &plan.families {
+        chains.own_ports(plan, *family);
+    }
+    // Service addresses are those that the host routes to our link: the rule never needs to name them.
+    let service = format!("fib daddr oifname \"{LINK}\" notrack");
+    let from_service = format!("iifname \"{LINK}\" fib saddr oifname \"{LINK}\" notrack");
+    chains.raw.extend([service, from_service]);
+
+    let ours = format!("{:#010x}", MARK);
+    let (mask, rest) = (format!("{MARK_MASK:#010x}"), format!("{:#010x}", !MARK_MASK));
+    let remember = format!("iifname \"{LINK}\" ct direction original ct mark set ct mark and {rest} or {ours}");
+    let bring_back =
+        format!("ct direction reply ct mark and {mask} == {ours} meta mark set meta mark and {rest} or {ours}");
+    let reserved: Vec<String> =
+        sysctl::ranges(reserved).into_iter().map(|(first, last)| format!("{first}-{last}")).collect();
+    let elements =
+        if reserved.is_empty() { String::new() } else { format!("elements = {{ {} }}", reserved.join(", ")) };
+    let mut text = format!("add table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{\n");
+    let mut chain = |name: &str, hook: &str, rules: &[String]| {
+        let _ = write!(text, "  chain {name} {{\n    type {hook}; policy accept;\n");
+        for rule in rules {
+            let _ = writeln!(text, "    {rule}");
+        }
+        text.push_str("  }\n");
+    };
+    chain("untracked", "filter hook prerouting priority raw", &chains.raw);
+    let untracked_output = [format!("oifname \"{LINK}\" notrack")];
+    chain("untracked_output", "filter hook output priority raw", &untracked_output);
+    let arriving = [vec![remember, format!("iifname != \"{LINK}\" {bring_back}")], chains.errors.clone()].concat();
+    chain("marked", "filter hook prerouting priority mangle", &arriving);
+    // Endpoints in the host's own namespace, and ICMP errors of the host itself.
+    let leaving = [vec![bring_back], chains.errors].concat();
+    chain("marked_output", "route hook output priority mangle", &leaving);
+    let _ = write!(text, "  set {RESERVED} {{\n    type inet_service; flags interval; {elements}\n  }}\n}}\n");
+    text
+}
+
+#[derive(Default)]
+struct Chains {
+    raw: Vec<String>,
+    errors: Vec<String>,
+}
+
+impl Chains {
+    /// Rules about the node's own addresses: node ports, and the ports of masqueraded flows.
+    fn own_ports(&mut self, plan: &Plan, family: Family) {
+        let node_ports = |address: &IpAddr| plan.node_port_addresses.iter().any(|range| range.contains(address));
+        let mut addresses: BTreeSet<IpAddr> = plan.primary.iter().copied().collect();
+        addresses.extend(plan.node_port_addresses.iter().map(ipnet::IpNet::addr));
+        for address in addresses.into_iter().filter(|address| Family::of(*address) == family) {
+            let masquerade = plan.masquerade_ports.filter(|_| plan.primary.contains(&address));
+            let ports = [plan.node_ports.filter(|_| node_ports(&address)), masquerade];
+            let ports: Vec<String> = ports.iter().flatten().map(ToString::to_string).collect();
+            if ports.is_empty() {
+                continue;
+            }
+            let ports = ports.join(", ");
+            let (ip, icmp, types, quoted_port) = match family {
+                Family::V4 => ("ip", "icmp", "destination-unreachable, time-exceeded, parameter-problem", 8 + 20),
+                Family::V6 => (
+                    "ip6",
+                    "icmpv6",
+                    "destination-unreachable, packet-too-big, time-exceeded, parameter-problem",
+                    8 + 40,
+                ),
+            };
+            let protocols = "meta l4proto { tcp, udp, sctp }";
+            self.raw.push(format!("{ip} daddr {address} {protocols} th dport {{ {ports} }} notrack"));
+            self.raw
+                .push(format!("iifname \"{LINK}\" {ip} saddr {address} {protocols} th sport {{ {ports} }} notrack"));
+            // The packet that an error quotes is one of ours: its source is this address with such a port.
+            self.errors.push(format!(
+                "iifname != \"{LINK}\" {ip} daddr {address} {icmp} type {{ {types} }} @th,{},16 {{ {ports} }} meta mark set meta mark and {:#010x} or {MARK:#010x}",
+                quoted_port * 8,
+                !MARK_MASK
+            ));
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! Which packets are to come to the TUN link: a pure function of the routing table and the configuration.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use sluice_dataplane::net::{Family, Protocol};
+use sluice_dataplane::table::{FrontendKey, RoutingTable};
+
+use crate::config::{Config, PortRange};
+
+/// What packets are to come to the TUN link.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// Families that are served.
+    pub families: Vec<Family>,
+    /// The address in each family that stands in for clients, and that own packets to Services leave with.
+    pub primary: Vec<IpAddr>,
+    /// Addresses, or loopback ranges, on which the node-port range is ours.
+    pub node_port_addresses: BTreeSet<IpNet>,
+    /// Node ports.
+    pub node_ports: Option<PortRange>,
+    /// Source ports of masqueraded flows.
+    pub masquerade_ports: Option<PortRange>,
+    /// Service addresses and ranges that are none of the node's own addresses.
+    pub services: BTreeSet<IpNet>,
+    /// Single frontends on addresses of the node itself: the rest of such an address stays the node's.
+    pub own_frontends: BTreeSet<(IpAddr, Protocol, u16)>,
+}
+
+impl Plan {
+    /// The plan for a table. `masquerade`: the address in each family that stands in for clients.
+    #[must_use]
+    pub fn new(table: &RoutingTable, config: &Config, masquerade: &[IpAddr]) -> Self {
+        let node = table.node();
+        let families: Vec<Family> = masquerade.iter().map(|address| Family::of(*address)).collect();
+        let served = |address: &IpAddr| families.contains(&Family::of(*address));
+        // The kernel takes no packet to ::1 from a link but loopback: a listener serves those.
+        let loopback = node.spec().node_port_loopback.iter().filter(|range| range.addr().is_ipv4());
+        let addresses = node.spec().node_port_addresses.iter().map(|address| IpNet::from(*address));
+        let mut plan = Self {
+            primary: masquerade.to_vec(),
+            node_port_addresses: addresses.chain(loopback.copied()).filter(|range| served(&range.addr())).collect(),
+            node_ports: Some(config.node_port_range),
+            masquerade_ports: Some(config.masquerade_ports),
+            services: node.spec().service_cidrs.iter().filter(|range| served(&range.addr())).copied().collect(),
+            own_frontends: BTreeSet::new(),
+            families: families.clone(),
+        };
+        for frontend in table.frontends() {
+            let FrontendKey::Address(address, protocol, port) = frontend.key else { continue };
+            if !served(&address) || node.in_service_range(address) {
+                continue;
+            }
+            if node.is_local(address) {
+                plan.own_frontends.insert((address, protocol, port));
+            } else {
+                plan.services.insert(address.into());
+            }
+        }
+        plan
+    }
+
+    /// The primary address of a family.
+    pub(super) fn primary(&self, family: Family) -> Option<IpAddr> {
+        self.primary.iter().copied().find(|address| Family::of(*address) == family)
+    }
+}

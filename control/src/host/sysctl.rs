@@ -1,0 +1,105 @@
+//! Kernel settings: those of our link, the ports we reserve, and those that must be on already.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::ErrorKind;
+
+use anyhow::Result;
+use sluice_dataplane::net::Family;
+
+use super::Lacking;
+
+const RESERVED_PORTS: &str = "/proc/sys/net/ipv4/ip_local_reserved_ports";
+
+/// Whether the host has this family at all.
+#[must_use]
+pub fn has_family(family: Family) -> bool {
+    match family {
+        Family::V4 => true,
+        Family::V6 => read("/proc/sys/net/ipv6/conf/all/disable_ipv6").is_some_and(|value| value == "0"),
+    }
+}
+
+/// Fails unless the host forwards packets of the family: replies of Pods come in at other links.
+pub fn require_forwarding(family: Family) -> Result<()> {
+    let (path, name) = match family {
+        Family::V4 => ("/proc/sys/net/ipv4/ip_forward", "net.ipv4.ip_forward"),
+        Family::V6 => ("/proc/sys/net/ipv6/conf/all/forwarding", "net.ipv6.conf.all.forwarding"),
+    };
+    match read(path).as_deref() {
+        Some("0") | None => {
+            let advice = format!("the kernel does not forward {family}: run `sysctl -w {name}=1`");
+            Err(Lacking(advice).into())
+        }
+        Some(_) => Ok(()),
+    }
+}
+
+/// Settings of our link. Returns what had to be changed.
+pub(super) fn set_link(link: &str) -> Result<Vec<String>> {
+    let v4 = |name: &str| format!("/proc/sys/net/ipv4/conf/{link}/{name}");
+    let v6 = |name: &str| format!("/proc/sys/net/ipv6/conf/{link}/{name}");
+    // The larger of "all" and the link's own value counts; loose is what lets clients' addresses in.
+    let is_filtered = read("/proc/sys/net/ipv4/conf/all/rp_filter").is_some_and(|value| value != "0");
+    let mut wanted = vec![
+        // Translated replies and masqueraded packets carry addresses of the node itself.
+        (v4("accept_local"), "1"),
+        (v4("rp_filter"), if is_filtered { "2" } else { "0" }),
+        (v4("forwarding"), "1"),
+        (v4("route_localnet"), "1"),
+    ];
+    if has_family(Family::V6) {
+        // No address of the kernel's choice, which would be advertised into the packet path.
+        wanted.extend([(v6("addr_gen_mode"), "1"), (v6("accept_ra"), "0"), (v6("forwarding"), "1")]);
+    }
+    let mut changes = Vec::new();
+    for (path, value) in wanted {
+        if read(&path).as_deref() != Some(value) {
+            write(&path, value)?;
+            changes.push(path);
+        }
+    }
+    Ok(changes)
+}
+
+/// Ports that the kernel gives to no socket by itself.
+pub(super) fn reserved_ports() -> BTreeSet<u16> {
+    let text = read(RESERVED_PORTS).unwrap_or_default();
+    let range = |entry: &str| -> Option<std::ops::RangeInclusive<u16>> {
+        let (first, last) = entry.split_once('-').unwrap_or((entry, entry));
+        Some(first.parse().ok()?..=last.parse().ok()?)
+    };
+    text.split(',').filter_map(range).flatten().collect()
+}
+
+/// Sets the ports that the kernel gives to no socket by itself.
+pub(super) fn set_reserved_ports(ports: &BTreeSet<u16>) -> Result<()> {
+    let ranges: Vec<String> = ranges(ports).iter().map(|(first, last)| format!("{first}-{last}")).collect();
+    // An empty write changes nothing; a line break is taken as an empty list.
+    write(RESERVED_PORTS, &(ranges.join(",") + "\n"))
+}
+
+/// Consecutive ports as ranges.
+pub(super) fn ranges(ports: &BTreeSet<u16>) -> Vec<(u16, u16)> {
+    let mut ranges: Vec<(u16, u16)> = Vec::new();
+    for port in ports {
+        match ranges.last_mut() {
+            Some((_, last)) if *last + 1 == *port => *last = *port,
+            _ => ranges.push((*port, *port)),
+        }
+    }
+    ranges
+}
+
+fn read(path: &str) -> Option<String> {
+    fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
+}
+
+fn write(path: &str, value: &str) -> Result<()> {
+    fs::write(path, value).map_err(|error| match error.kind() {
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+            Lacking(format!("cannot set {path} to {value}: {error}")).into()
+        }
+        _ => anyhow::Error::new(error).context(format!("cannot set {path} to {value}")),
+    })
+}
