@@ -1,5 +1,6 @@
 //! How do peers compare: all of them in one run, interleaved round by round, as ratios to dialling the Pods directly.
 
+mod chart;
 mod html;
 mod lab;
 mod nft;
@@ -226,13 +227,24 @@ fn latency_rate(arguments: &CompareArgs, direct: &Running, mode: Mode) -> Result
 }
 
 fn measure(plan: &Plan, running: &Running, mode: Mode, watch: impl FnMut(&workload::Sample)) -> Result<Round> {
-    let (own, theirs) = (Cpu::of_process(), running.cpu_us());
+    let (own, theirs, all) = (Cpu::of_process(), running.cpu_us(), machine_cpu_us());
     let outcome = workload::run(Some(running.lab.client(mode)), plan, watch)?;
+    let (own, theirs, all) = (Cpu::of_process().since(own), running.cpu_us() - theirs, machine_cpu_us() - all);
+    let lasted = (plan.warmup + plan.duration).as_secs_f64() * 1e6 * cores() as f64;
     Ok(Round {
-        tool_cpu: Cpu::of_process().since(own).each(outcome.total),
-        peer_cpu_us: (running.cpu_us() - theirs) / outcome.total.max(1.0),
+        tool_cpu: own.each(outcome.total),
+        peer_cpu_us: theirs / outcome.total.max(1.0),
+        others: ((all - own.user_us - own.system_us - theirs) / lasted).max(0.0),
         outcome,
     })
+}
+
+/// Processor time of all programs of this machine, in microseconds.
+fn machine_cpu_us() -> f64 {
+    let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+    // user, nice and system; interrupts are nobody's.
+    let ticks = stat.split_whitespace().skip(1).take(3).filter_map(|ticks| ticks.parse::<f64>().ok());
+    ticks.sum::<f64>() * peer::TICK_US
 }
 
 /// How a figure of this cell is written.

@@ -21,7 +21,7 @@ use super::{Mode, nft, proxy, sluice};
 /// Bound on starting and on stopping.
 const SOON: Duration = Duration::from_secs(15);
 /// What one tick in /proc/PID/stat is, on every Linux.
-const TICK_US: f64 = 10_000.0;
+pub(super) const TICK_US: f64 = 10_000.0;
 
 /// A way from the client to the Pods.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

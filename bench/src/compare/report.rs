@@ -13,7 +13,7 @@ use super::stats::Figure;
 use super::{Cell, Mode, show};
 use crate::progress::{PERCENTILES, micros};
 
-/// Half the spread of direct against itself beyond which nothing is concluded.
+/// How far direct may typically be from itself; beyond, nothing is concluded.
 const NOISE_LIMIT: f64 = 0.1;
 
 /// One measurement of one peer.
@@ -23,6 +23,8 @@ pub(super) struct Round {
     pub(super) tool_cpu: Cpu,
     /// What the peer's processes used, a request, in microseconds.
     pub(super) peer_cpu_us: f64,
+    /// Part of the machine that other programs used meanwhile.
+    pub(super) others: f64,
 }
 
 /// One workload, round after round.
@@ -79,11 +81,14 @@ impl Table {
         let base: Vec<f64> = self.values(&self.again).zip(self.values(direct)).map(|(a, b)| (a + b) / 2.0).collect();
         let rows = self.rounds.iter().filter_map(|(peer, rounds)| self.row(*peer, rounds, &base)).collect();
         let noise = Figure::of(itself);
+        let all = self.rounds.iter().flat_map(|(_, rounds)| rounds).chain(&self.again);
+        let others = Figure::of(all.map(|round| round.others).collect());
         Summary {
             cell: self.cell,
             title: self.cell.title(),
             offered_rate: (self.cell == Cell::Latency).then_some(self.latency_rate),
-            conclusive: noise.as_ref().is_some_and(|noise| noise.half_spread() <= NOISE_LIMIT),
+            conclusive: noise.as_ref().is_some_and(|noise| noise.deviation(1.0) <= NOISE_LIMIT),
+            others,
             direct_to_itself: noise,
             rows,
         }
@@ -171,6 +176,8 @@ pub(super) struct Summary {
     pub(super) direct_to_itself: Option<Figure>,
     /// Whether that is close enough to 1 often enough.
     pub(super) conclusive: bool,
+    /// Part of the machine that other programs used.
+    pub(super) others: Option<Figure>,
     pub(super) rows: Vec<Row>,
 }
 
@@ -302,6 +309,16 @@ impl Summary {
         } else {
             "TOO NOISY TO CONCLUDE: use more or longer rounds, or a quieter machine"
         };
-        format!("direct to itself: {:.2} [{:.2} – {:.2}]; {verdict}", noise.median, noise.min, noise.max)
+        let (typical, most) = self.others.as_ref().map_or((0.0, 0.0), |others| (others.median, others.max));
+        format!(
+            "direct to itself {:.2} [{:.2} – {:.2}], typically {:.0} % off; \
+             other programs used {:.0} % of the processors (at most {:.0} %): {verdict}",
+            noise.median,
+            noise.min,
+            noise.max,
+            noise.deviation(1.0) * 100.0,
+            typical * 100.0,
+            most * 100.0
+        )
     }
 }

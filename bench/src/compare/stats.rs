@@ -38,11 +38,11 @@ impl Figure {
         })
     }
 
-    /// Half the width of the middle half of the rounds.
-    pub(crate) fn half_spread(&self) -> f64 {
-        let mut sorted = self.rounds.clone();
-        sorted.sort_by(f64::total_cmp);
-        (quantile(&sorted, 0.75) - quantile(&sorted, 0.25)) / 2.0
+    /// How far a round typically (in the median) is from `expected`.
+    pub(crate) fn deviation(&self, expected: f64) -> f64 {
+        let mut distances: Vec<f64> = self.rounds.iter().map(|value| (value - expected).abs()).collect();
+        distances.sort_by(f64::total_cmp);
+        quantile(&distances, 0.5)
     }
 }
 
@@ -86,7 +86,7 @@ mod tests {
     fn figure() {
         let figure = Figure::of(vec![4.0, 1.0, 3.0, 2.0]).unwrap();
         assert_eq!((figure.median, figure.min, figure.max), (2.5, 1.0, 4.0));
-        assert!((figure.half_spread() - 0.75).abs() < 1e-9);
+        assert_eq!(figure.deviation(1.0), 1.5);
         assert_eq!(Figure::of(Vec::new()), None);
     }
 }
