@@ -10,6 +10,7 @@ use crate::config::ConfigError;
 use crate::host::Lacking;
 
 pub mod cleanup;
+pub mod demo;
 pub mod get;
 pub mod run;
 
@@ -35,6 +36,8 @@ const EXIT_CODES: &str =
 enum Command {
     /// Serve the Services of a folder of manifests on this node, until SIGTERM
     Run(run::Args),
+    /// Play a private cluster on this machine, with real connections, a rolling update and a scale-up
+    Demo(demo::Args),
     /// Show what a running daemon serves
     Get(get::Args),
     /// Remove every link, route, rule and table of ours from this host
@@ -53,6 +56,7 @@ enum Command {
 pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(args) => run::run(args),
+        Command::Demo(args) => demo::run(args),
         Command::Get(args) => get::run(args),
         Command::Cleanup(args) => cleanup::run(args),
         Command::Version => print(concat!("sluice ", env!("CARGO_PKG_VERSION"), "\n")).map(|()| ExitCode::SUCCESS),
