@@ -55,6 +55,8 @@ pub(super) struct Lane {
     pub(super) from: From,
     /// What is to come of it.
     pub(super) expect: Expect,
+    /// A client stays with its endpoint (`sessionAffinity: ClientIP`).
+    pub(super) is_sticky: bool,
 }
 
 impl Lane {
@@ -129,6 +131,7 @@ fn add_service(
 ) {
     let own: Vec<&EndpointSlice> =
         slices.iter().copied().filter(|slice| service_of(slice).as_ref() == Some(name)).collect();
+    let is_sticky = spec.session_affinity.as_deref() == Some("ClientIP");
     for port in spec.ports.iter().flatten() {
         let protocol: Protocol = match port.protocol.as_deref().unwrap_or("TCP").parse() {
             Ok(Protocol::Sctp) => {
@@ -151,7 +154,7 @@ fn add_service(
                     found.notes.push(format!("{name}: {address} admits other sources only: not dialled"));
                     continue;
                 }
-                found.lanes.push(Lane { port: key.clone(), kind, address, from, expect });
+                found.lanes.push(Lane { port: key.clone(), kind, address, from, expect, is_sticky });
             }
         }
     }

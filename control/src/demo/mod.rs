@@ -110,6 +110,7 @@ pub fn run(manifests: Option<&Path>) -> Result<bool> {
         begun.elapsed().as_millis()
     ));
 
+    let first_table = generation(&stage)?;
     let traffic = Traffic::start(lanes, &client.ns, &topology.client)?;
     progress.follow(traffic.counters());
     let changed = change_under_load(&mut stage, &plan, &traffic, &progress);
@@ -118,11 +119,21 @@ pub fn run(manifests: Option<&Path>) -> Result<bool> {
     progress.finish();
     changed?;
     interrupt.check()?;
+    let tables = generation(&stage)? - first_table;
     let stopped = stage.daemon.take().map(Daemon::stop);
 
     let summary = report(Results { lanes: &results, endpoints: stage.cluster.endpoints_ever(), fates: &stage.fates });
     let problems = stage.cluster.problems().iter().map(ToString::to_string).collect();
-    conclude(&progress, &summary, &[plan.notes, notes, problems].concat(), stopped.transpose().err())
+    conclude(&progress, &summary, tables, &[plan.notes, notes, problems].concat(), stopped.transpose().err())
+}
+
+fn generation(stage: &Stage<'_>) -> Result<u64> {
+    stage.daemon.as_ref().map_or(Ok(0), Daemon::generation)
+}
+
+/// `1 error`, `2 errors`.
+fn counted(number: u64, what: &str) -> String {
+    format!("{} {what}{}", grouped(number), if number == 1 { "" } else { "s" })
 }
 
 fn is_usable(address: &std::net::IpAddr) -> bool {
@@ -161,7 +172,7 @@ fn change_under_load(stage: &mut Stage<'_>, plan: &Plan, traffic: &Traffic, prog
     progress.doing("steady");
     stage.interrupt.sleep(STEADY)?;
     let (connections, errors) = traffic.counters().read();
-    progress.done(&format!("{} connections, {errors} errors while nothing changes", grouped(connections)));
+    progress.done(&format!("{} connections, {} while nothing changes", grouped(connections), counted(errors, "error")));
 
     progress.doing("rolling update");
     traffic.set_phase(Phase::RollingUpdate);
@@ -185,15 +196,21 @@ fn change_under_load(stage: &mut Stage<'_>, plan: &Plan, traffic: &Traffic, prog
 fn say_change(progress: &Progress, traffic: &Traffic, before: (u64, u64), what: &str, lasted: Duration) {
     let (connections, errors) = traffic.counters().read();
     progress.done(&format!(
-        "{} connections, {} errors while {what} ({:.1} s)",
+        "{} connections, {} while {what} ({:.1} s)",
         grouped(connections - before.0),
-        errors - before.1,
+        counted(errors - before.1, "error"),
         lasted.as_secs_f64()
     ));
 }
 
 /// Prints what there is to say in the end.
-fn conclude(progress: &Progress, report: &Report, notes: &[String], stop: Option<anyhow::Error>) -> Result<bool> {
+fn conclude(
+    progress: &Progress,
+    report: &Report,
+    tables: u64,
+    notes: &[String],
+    stop: Option<anyhow::Error>,
+) -> Result<bool> {
     let paint = progress.paint;
     let mut lines = vec![String::new()];
     for (number, line) in report.table.lines().enumerate() {
@@ -209,9 +226,9 @@ fn conclude(progress: &Progress, report: &Report, notes: &[String], stop: Option
         refused => format!(", {} refused as they should be", grouped(refused)),
     };
     let verdict = format!(
-        "{} connections{refused}, {} errors, p50 {}, p99 {}",
+        "{} connections{refused}, {}, p50 {}, p99 {}; {tables} routing tables swapped in meanwhile",
         grouped(report.connections),
-        grouped(report.errors),
+        counted(report.errors, "error"),
         report::quantile(&report.latency, 0.5),
         report::quantile(&report.latency, 0.99),
     );

@@ -67,6 +67,16 @@ impl<'t> Pods<'t> {
         Some(running.object.clone())
     }
 
+    /// The object of a Pod that fails its readiness probe from now on. `None` if there is no such Pod.
+    pub(super) fn not_ready(&mut self, name: &ServiceName) -> Option<Pod> {
+        let running = self.running.get_mut(name)?;
+        let conditions = running.object.status.iter_mut().flat_map(|status| status.conditions.iter_mut().flatten());
+        for condition in conditions {
+            condition.status = "False".to_owned();
+        }
+        Some(running.object.clone())
+    }
+
     /// Ends a Pod: its servers finish what they are at, then its namespace goes.
     pub(super) fn remove(&mut self, name: &ServiceName) -> Result<()> {
         if let Some(running) = self.running.remove(name) {

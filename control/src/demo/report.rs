@@ -208,7 +208,8 @@ fn reached_by(lanes: &[(&Lane, &LaneTally)]) -> String {
         })
         .collect();
     let kinds: Vec<&str> = kinds.into_iter().map(kind).collect();
-    format!("{} · {}", kinds.join(", "), families.into_iter().collect::<Vec<_>>().join(", "))
+    let sticky = if lanes.iter().any(|(lane, _)| lane.is_sticky) { " · ClientIP" } else { "" };
+    format!("{} · {}{sticky}", kinds.join(", "), families.into_iter().collect::<Vec<_>>().join(", "))
 }
 
 fn add(sum: &mut Histogram<u64>, other: &Histogram<u64>) {
@@ -244,6 +245,7 @@ mod tests {
             address: "10.96.0.1:80".parse().unwrap(),
             from: From::Pod,
             expect,
+            is_sticky: true,
         }
     }
 
@@ -270,7 +272,7 @@ mod tests {
         let lines: Vec<&str> = report.table.lines().collect();
         let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>().join(" ");
         let row = words(lines[1]);
-        assert!(row.starts_with("n/s http 80/TCP ClusterIP · IPv4 4 0 2.0"), "{}", report.table);
+        assert!(row.starts_with("n/s http 80/TCP ClusterIP · IPv4 · ClientIP 4 0 2.0"), "{}", report.table);
         assert!(words(lines[2]).starts_with("a 3 75.0 % 2.0"), "{}", report.table);
         assert!(words(lines[3]).starts_with("b new 1 25.0 % 2.0"), "{}", report.table);
         assert_eq!((report.connections, report.errors, report.failures.len()), (4, 0, 0));

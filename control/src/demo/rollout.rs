@@ -120,7 +120,8 @@ impl Stage<'_> {
         self.publish(changes)
     }
 
-    /// Publishes Pods as terminating, gives their clients time to turn to others, then ends them.
+    /// Ends Pods as well-behaved ones end: published as terminating while they serve on, then as not ready, and only then
+    /// do their servers finish. New connections leave with the first, UDP conversations with the second.
     fn end(&mut self, ending: Vec<(ServiceName, Fate)>) -> Result<()> {
         if ending.is_empty() {
             return Ok(());
@@ -129,6 +130,9 @@ impl Stage<'_> {
         let changes = changes.map(|pod| apply(Object::Pod(pod.into()))).collect();
         self.publish(changes)?;
         self.interrupt.sleep(GRACE)?;
+        let changes = ending.iter().filter_map(|(name, _)| self.pods.not_ready(name));
+        let changes = changes.map(|pod| apply(Object::Pod(pod.into()))).collect();
+        self.publish(changes)?;
         let mut gone = Vec::new();
         for (name, fate) in ending {
             self.pods.remove(&name)?;
