@@ -9,9 +9,12 @@ use clap::{CommandFactory as _, Parser, Subcommand};
 use crate::config::ConfigError;
 use crate::host::Lacking;
 
+pub mod check;
 pub mod cleanup;
 pub mod demo;
 pub mod get;
+pub mod offline;
+mod report;
 pub mod run;
 
 /// What was asked about is wrong.
@@ -38,6 +41,8 @@ enum Command {
     Run(run::Args),
     /// Play a private cluster on this machine, with real connections, a rolling update and a scale-up
     Demo(demo::Args),
+    /// Validate manifests and say what would be routed
+    Check(check::Args),
     /// Show what a running daemon serves
     Get(get::Args),
     /// Remove every link, route, rule and table of ours from this host
@@ -57,6 +62,7 @@ pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(args) => run::run(args),
         Command::Demo(args) => demo::run(args),
+        Command::Check(args) => check::run(args),
         Command::Get(args) => get::run(args),
         Command::Cleanup(args) => cleanup::run(args),
         Command::Version => print(concat!("sluice ", env!("CARGO_PKG_VERSION"), "\n")).map(|()| ExitCode::SUCCESS),
