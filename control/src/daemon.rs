@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 
 use crate::admin;
 use crate::config::Config;
+use crate::health_check::HealthServers;
 use crate::host::lock::Lock;
 use crate::host::{Host, LINK, Lacking, Plan, nft, sysctl};
 use crate::node::NodeFacts;
@@ -26,6 +27,8 @@ use crate::source::folder::{Folder, watch};
 
 /// How often the host is looked at for what others changed.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+/// How long changes must pause before the log tells what is wrong with objects.
+const REPORT_PAUSE: Duration = Duration::from_millis(100);
 /// Updates that may wait.
 const QUEUE: usize = 64;
 
@@ -38,6 +41,8 @@ pub struct State {
     /// Since when an update waits to be applied, and when the last one was.
     pub progress: Mutex<Progress>,
     publisher: Mutex<Publisher>,
+    /// What is wrong with health check ports.
+    pub health_problems: Mutex<Vec<Problem>>,
     /// Problems that the log has told of.
     said: Mutex<Vec<Problem>>,
 }
@@ -72,14 +77,18 @@ impl State {
         if let Some(Err(error)) = publisher.local_controllers().map(|local| local.save(&self.config.state_dir)) {
             tracing::warn!(%error, "allocated addresses and node ports cannot be saved");
         }
-        let problems = publisher.problems();
+        table
+    }
+
+    /// Logs what is newly wrong with objects.
+    fn report(&self) {
+        let problems = admin::views::problems(self).items;
         let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
         // Both are sorted.
         for problem in problems.iter().filter(|problem| said.binary_search(problem).is_err()) {
             tracing::warn!("{problem}");
         }
         *said = problems;
-        table
     }
 
     fn publish(&self, table: Option<Arc<RoutingTable>>, begun: Instant) -> Option<Arc<RoutingTable>> {
@@ -122,11 +131,14 @@ pub async fn run(config: Config, manifests: &Path) -> Result<()> {
         config,
         progress: Mutex::new(progress),
         publisher: Mutex::new(publisher),
+        health_problems: Mutex::default(),
         said: Mutex::default(),
     });
     let _ = state.apply(first);
+    state.report();
     let path = PacketPath::start(tun, Arc::clone(&shared)).context("cannot start the packet threads")?;
-    let mut daemon = Daemon { state, host, masquerade: settings.masquerade_addresses, interfaces };
+    let mut daemon =
+        Daemon { state, host, health: HealthServers::default(), masquerade: settings.masquerade_addresses, interfaces };
     let served = match daemon.set_up_host().await {
         Ok(()) => daemon.serve(folder, &path).await,
         Err(error) => Err(error),
@@ -200,6 +212,7 @@ fn masquerade_addresses(config: &Config, first: &Update, interfaces: &[IpAddr]) 
 struct Daemon {
     state: Arc<State>,
     host: Host,
+    health: HealthServers,
     masquerade: Vec<IpAddr>,
     interfaces: Vec<IpAddr>,
 }
@@ -217,19 +230,29 @@ impl Daemon {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let (sender, mut updates) = mpsc::channel(QUEUE);
         let _watch = watch(folder, sender)?;
-        let _servers = admin::serve(&self.state).await?;
+        let _servers = admin::serve(&self.state)?;
         let _ = sd_notify::notify(&[NotifyState::Ready]);
         let table = self.state.shared.table();
         tracing::info!(frontends = table.len(), admin = %self.state.config.admin, "serving");
         let mut look = tokio::time::interval(LOOK_INTERVAL);
+        let mut unreported = false;
         loop {
             tokio::select! {
                 _ = terminate.recv() => return Ok(()),
                 _ = interrupt.recv() => return Ok(()),
                 update = updates.recv() => match update {
-                    Some(update) => self.update(update).await?,
+                    Some(update) => {
+                        self.update(update).await?;
+                        unreported = true;
+                    }
                     None => bail!("the watch of the manifests ended"),
                 },
+                // Finding all that is wrong may take longer than a change: it waits until changes pause.
+                () = tokio::time::sleep(REPORT_PAUSE), if unreported => {
+                    let state = Arc::clone(&self.state);
+                    tokio::task::spawn_blocking(move || state.report()).await?;
+                    unreported = false;
+                }
                 _ = look.tick() => {
                     if !path.is_running() {
                         bail!("the link {LINK} was taken away");
@@ -244,7 +267,18 @@ impl Daemon {
         self.state.progress().pending_since.get_or_insert_with(Instant::now);
         let state = Arc::clone(&self.state);
         let table = tokio::task::spawn_blocking(move || state.apply(update)).await?;
-        self.follow(table).await
+        self.follow(table).await?;
+        self.serve_health_checks().await;
+        Ok(())
+    }
+
+    async fn serve_health_checks(&mut self) {
+        let table = self.state.shared.table();
+        let mut addresses = table.node().spec().node_port_addresses.clone();
+        addresses.retain(|address| self.interfaces.contains(address));
+        let wanted = self.state.publisher().health_checks().clone();
+        let problems = self.health.apply(&wanted, &addresses, &self.state).await;
+        *self.state.health_problems.lock().unwrap_or_else(PoisonError::into_inner) = problems;
     }
 
     /// Brings the host's routes to a new table.
@@ -273,6 +307,7 @@ impl Daemon {
             tracing::warn!(what, "put right what somebody else changed");
             admin::metrics::host_repaired(&what);
         }
+        self.serve_health_checks().await;
         self.state.publisher().release_idle();
         Ok(())
     }

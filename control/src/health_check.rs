@@ -78,7 +78,9 @@ impl HealthServers {
                     }
                     Err(error) => {
                         let message = format!("cannot listen on {address}: {error}");
-                        problems.push(Problem::error("spec.healthCheckNodePort", message).about(format!("Service {service}")));
+                        problems.push(
+                            Problem::error("spec.healthCheckNodePort", message).about(format!("Service {service}")),
+                        );
                     }
                 }
             }
@@ -87,12 +89,7 @@ impl HealthServers {
     }
 }
 
-async fn serve(
-    service: ServiceName,
-    address: SocketAddr,
-    count: usize,
-    state: &Arc<State>,
-) -> std::io::Result<Server> {
+async fn serve(service: ServiceName, address: SocketAddr, count: usize, state: &Arc<State>) -> std::io::Result<Server> {
     let listener = TcpListener::bind(address).await?;
     let count = Arc::new(AtomicUsize::new(count));
     let (counted, state) = (Arc::clone(&count), Arc::clone(state));

@@ -8,6 +8,7 @@ use sluice_dataplane::table::{NodeSpec, RoutingTable, ServiceName, Slots, TableB
 
 use crate::address;
 use crate::config::Config;
+use crate::health_check::HealthCheck;
 use crate::local::LocalControllers;
 use crate::node::NodeFacts;
 use crate::object::{SERVICE_NAME_LABEL, name_of, service_of};
@@ -28,6 +29,7 @@ pub struct Publisher {
     source_problems: Vec<Problem>,
     skipped: BTreeMap<String, u64>,
     service_problems: BTreeMap<ServiceName, Vec<Problem>>,
+    health_checks: BTreeMap<ServiceName, HealthCheck>,
 }
 
 impl Publisher {
@@ -51,6 +53,7 @@ impl Publisher {
             source_problems: Vec::new(),
             skipped: BTreeMap::new(),
             service_problems: BTreeMap::new(),
+            health_checks: BTreeMap::new(),
             config,
         };
         publisher.learn_node();
@@ -91,6 +94,12 @@ impl Publisher {
     #[must_use]
     pub fn node(&self) -> &NodeFacts {
         &self.node
+    }
+
+    /// What load balancers may ask about, by Service.
+    #[must_use]
+    pub fn health_checks(&self) -> &BTreeMap<ServiceName, HealthCheck> {
+        &self.health_checks
     }
 
     /// The Services in force and their counters.
@@ -187,6 +196,7 @@ impl Publisher {
     fn resolve_service(&mut self, name: &ServiceName) -> bool {
         let Some(service) = self.store.service(name) else {
             self.service_problems.remove(name);
+            self.health_checks.remove(name);
             return self.builder.remove(name);
         };
         let slices = self.store.slices(name).map(|slice| &*slice.object);
@@ -208,6 +218,10 @@ impl Publisher {
         } else {
             self.service_problems.insert(name.clone(), problems);
         }
+        match resolved.health_check {
+            Some(check) => self.health_checks.insert(name.clone(), check),
+            None => self.health_checks.remove(name),
+        };
         match resolved.spec {
             Some(spec) => self.builder.set(spec),
             None => self.builder.remove(name),

@@ -8,7 +8,7 @@
 //! | `/api/v1/trace?from=IP&to=IP:PORT&proto=tcp` | what happens to a new flow, behind `sluice trace --admin` |
 //! | `/api/v1/problems` | everything that is wrong with objects now |
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -18,19 +18,25 @@ use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
 use axum::routing::get;
 use axum::{Json, Router};
+use sluice_dataplane::net::Family;
+use socket2::{Domain, Socket, Type};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
 use crate::daemon::State;
 use crate::host::Lacking;
+use crate::host::sysctl::has_family;
 use crate::trace::Question;
 
 pub mod health;
 pub mod metrics;
 pub mod views;
 
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 128;
+
 /// Listens on both addresses. The servers end when the set is dropped.
-pub async fn serve(state: &Arc<State>) -> Result<JoinSet<std::io::Result<()>>> {
+pub fn serve(state: &Arc<State>) -> Result<JoinSet<std::io::Result<()>>> {
     let health = Router::new()
         .route("/healthz", get(health::healthz))
         .route("/livez", get(health::livez))
@@ -47,16 +53,28 @@ pub async fn serve(state: &Arc<State>) -> Result<JoinSet<std::io::Result<()>>> {
         .merge(health.clone());
     let mut servers = JoinSet::new();
     for (address, router, flag) in [(state.config.admin, admin, "--admin"), (state.config.health, health, "--health")] {
-        let listener = listen(address, flag).await?;
+        let listener = listen(address, flag)?;
         servers.spawn(async move { axum::serve(listener, router).await });
     }
     Ok(servers)
 }
 
-async fn listen(address: SocketAddr, flag: &str) -> Result<TcpListener> {
-    TcpListener::bind(address)
-        .await
-        .map_err(|error| Lacking(format!("cannot listen on {address}: {error}: choose another with {flag}")).into())
+fn listen(address: SocketAddr, flag: &str) -> Result<TcpListener> {
+    // All IPv4 addresses means all addresses, as in kube-proxy; without IPv6 it means what it says.
+    let all = address.ip() == IpAddr::V4(Ipv4Addr::UNSPECIFIED) && has_family(Family::V6);
+    let bind = || -> std::io::Result<TcpListener> {
+        let address = if all { SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), address.port()) } else { address };
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+        if address.is_ipv6() {
+            socket.set_only_v6(!all)?;
+        }
+        socket.set_reuse_address(true)?;
+        socket.set_nonblocking(true)?;
+        socket.bind(&address.into())?;
+        socket.listen(BACKLOG)?;
+        TcpListener::from_std(socket.into())
+    };
+    bind().map_err(|error| Lacking(format!("cannot listen on {address}: {error}: choose another with {flag}")).into())
 }
 
 async fn render_metrics(Extract(state): Extract<Arc<State>>) -> impl IntoResponse {

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{ServiceSpec, ServiceStatus};
+use sluice_dataplane::table::TrafficPolicy;
 
 use super::frontends::read;
 use super::problems::Problems;
@@ -54,6 +55,13 @@ pub(super) fn source_ranges(spec: &ServiceSpec, problems: &mut Problems<'_>) -> 
 /// node's packets to it come from it; so they pass if the node may.
 pub(super) fn admit_vips(ranges: &[IpNet], node: &NodeFacts) -> bool {
     ranges.iter().any(|range| node.primary.iter().any(|address| range.contains(address)))
+}
+
+/// The port on which load balancers ask about the node: for type LoadBalancer with external policy Local.
+pub(super) fn health_check_port(spec: &ServiceSpec, external: TrafficPolicy) -> Option<u16> {
+    let wanted = spec.type_.as_deref() == Some("LoadBalancer") && external == TrafficPolicy::Local;
+    let port = spec.health_check_node_port.filter(|_| wanted)?;
+    u16::try_from(port).ok().filter(|port| *port != 0)
 }
 
 #[cfg(test)]
