@@ -19,6 +19,7 @@ use crate::config::Config;
 use crate::host::lock::Lock;
 use crate::host::{Host, LINK, Lacking, Plan, nft, sysctl};
 use crate::node::NodeFacts;
+use crate::problem::Problem;
 use crate::publish::Publisher;
 use crate::source::Update;
 use crate::source::folder::{Folder, watch};
@@ -37,6 +38,8 @@ pub struct State {
     /// Since when an update waits to be applied, and when the last one was.
     pub progress: Mutex<Progress>,
     publisher: Mutex<Publisher>,
+    /// Problems that the log has told of.
+    said: Mutex<Vec<Problem>>,
 }
 
 /// How far the daemon is with its updates.
@@ -64,12 +67,19 @@ impl State {
     fn apply(&self, update: Update) -> Option<Arc<RoutingTable>> {
         let begun = Instant::now();
         let mut publisher = self.publisher();
-        let problems = publisher.problems();
         let table = publisher.update(update);
-        for problem in publisher.problems().iter().filter(|problem| !problems.contains(problem)) {
-            tracing::warn!(%problem, "problem");
+        let table = self.publish(table, begun);
+        if let Some(Err(error)) = publisher.local_controllers().map(|local| local.save(&self.config.state_dir)) {
+            tracing::warn!(%error, "allocated addresses and node ports cannot be saved");
         }
-        self.publish(table, begun)
+        let problems = publisher.problems();
+        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        // Both are sorted.
+        for problem in problems.iter().filter(|problem| said.binary_search(problem).is_err()) {
+            tracing::warn!("{problem}");
+        }
+        *said = problems;
+        table
     }
 
     fn publish(&self, table: Option<Arc<RoutingTable>>, begun: Instant) -> Option<Arc<RoutingTable>> {
@@ -102,13 +112,17 @@ pub async fn run(config: Config, manifests: &Path) -> Result<()> {
 
     let (settings, tun) = open_link(&config, &first, &interfaces)?;
     let shared = Shared::new(settings.clone());
-    let publisher = Publisher::new(config.clone(), interfaces.clone(), Arc::clone(&shared.slots));
+    let mut publisher = Publisher::new(config.clone(), interfaces.clone(), Arc::clone(&shared.slots));
+    if let Some(Err(error)) = publisher.local_controllers().map(|local| local.load(&config.state_dir)) {
+        tracing::warn!(%error, "earlier allocated addresses and node ports cannot be read: they are derived anew");
+    }
     let progress = Progress { pending_since: None, last_applied: Timestamp::now() };
     let state = Arc::new(State {
         shared: Arc::clone(&shared),
         config,
         progress: Mutex::new(progress),
         publisher: Mutex::new(publisher),
+        said: Mutex::default(),
     });
     let _ = state.apply(first);
     let path = PacketPath::start(tun, Arc::clone(&shared)).context("cannot start the packet threads")?;

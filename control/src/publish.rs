@@ -99,12 +99,6 @@ impl Publisher {
         &self.builder
     }
 
-    /// Fields of a Service that local controllers made up.
-    #[must_use]
-    pub fn made_up(&self, _service: &ServiceName) -> &[&'static str] {
-        &[]
-    }
-
     /// Frees counters nobody uses. Call it now and then.
     pub fn release_idle(&mut self) {
         self.builder.release_idle();
@@ -114,6 +108,17 @@ impl Publisher {
     #[must_use]
     pub fn skipped(&self) -> &BTreeMap<String, u64> {
         &self.skipped
+    }
+
+    /// What of a Service was made up, as of [`LocalControllers::made_up`].
+    #[must_use]
+    pub fn made_up(&self, name: &ServiceName) -> &[&'static str] {
+        self.local.as_ref().map(|local| local.made_up(name)).unwrap_or_default()
+    }
+
+    /// The local controllers, to load and save what they made up; none when they are off.
+    pub fn local_controllers(&mut self) -> Option<&mut LocalControllers> {
+        self.local.as_mut()
     }
 
     /// Everything that is wrong now, sorted.

@@ -5,13 +5,15 @@
 //! | `/metrics` | Prometheus text |
 //! | `/healthz`, `/livez` | 200 or 503, JSON as kube-proxy's |
 //! | `/api/v1/services`, `endpoints`, `frontends`, `flows` | lists behind `sluice get` |
+//! | `/api/v1/trace?from=IP&to=IP:PORT&proto=tcp` | what happens to a new flow, behind `sluice trace --admin` |
 //! | `/api/v1/problems` | everything that is wrong with objects now |
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use anyhow::Result;
-use axum::extract::State as Extract;
+use axum::extract::{Query, State as Extract};
+use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
 use axum::routing::get;
@@ -21,6 +23,7 @@ use tokio::task::JoinSet;
 
 use crate::daemon::State;
 use crate::host::Lacking;
+use crate::trace::Question;
 
 pub mod health;
 pub mod metrics;
@@ -38,6 +41,7 @@ pub async fn serve(state: &Arc<State>) -> Result<JoinSet<std::io::Result<()>>> {
         .route("/api/v1/endpoints", get(|Extract(state): Extract<Arc<State>>| list(state, views::endpoints)))
         .route("/api/v1/frontends", get(|Extract(state): Extract<Arc<State>>| list(state, views::frontends)))
         .route("/api/v1/flows", get(|Extract(state): Extract<Arc<State>>| list(state, views::flows)))
+        .route("/api/v1/trace", get(trace))
         .route("/api/v1/problems", get(|Extract(state): Extract<Arc<State>>| list(state, views::problems)))
         .with_state(Arc::clone(state))
         .merge(health.clone());
@@ -60,6 +64,14 @@ async fn render_metrics(Extract(state): Extract<Arc<State>>) -> impl IntoRespons
     ([(CONTENT_TYPE, "text/plain; version=0.0.4")], text)
 }
 
+/// Asks the table in force, as packets do.
+async fn trace(Extract(state): Extract<Arc<State>>, Query(question): Query<Question>) -> impl IntoResponse {
+    match question.flow() {
+        Ok(flow) => Json(crate::trace::trace(&state.shared.table(), &flow)).into_response(),
+        Err(reason) => (StatusCode::BAD_REQUEST, reason + "\n").into_response(),
+    }
+}
+
 /// A list, made off the threads that serve: it may be long.
 async fn list<T: serde::Serialize + Send + 'static>(
     state: Arc<State>,
@@ -67,8 +79,6 @@ async fn list<T: serde::Serialize + Send + 'static>(
 ) -> impl IntoResponse {
     match tokio::task::spawn_blocking(move || view(&state)).await {
         Ok(list) => Json(list).into_response(),
-        Err(error) => {
-            (axum::http::StatusCode::INTERNAL_SERVER_ERROR, format!("the list cannot be made: {error}")).into_response()
-        }
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("the list cannot be made: {error}")).into_response(),
     }
 }

@@ -36,7 +36,7 @@ pub struct Args {
     /// Configuration file (YAML)
     #[arg(long, value_name = "FILE", conflicts_with = "admin")]
     config: Option<PathBuf>,
-    /// Name of the Node that is asked about [default: nodeName of the configuration, or the host name]
+    /// Name of the Node that is asked about [default: nodeName of the configuration, or the only Node there is]
     #[arg(long, value_name = "NAME", conflicts_with = "admin")]
     node_name: Option<String>,
     /// Ask this file or folder of manifests; nothing of this host counts
