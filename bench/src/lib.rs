@@ -6,5 +6,8 @@ pub mod link;
 pub mod load;
 pub mod netns;
 pub mod pattern;
+pub mod plain_server;
+pub mod protocol;
 pub mod serve;
 pub mod topology;
+pub mod workload;

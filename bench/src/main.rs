@@ -1,2 +1,54 @@
-//! The `sluice-bench` command.
-fn main() {}
+//! `sluice-bench`: load for data planes, and comparisons of peers.
+
+mod cli;
+mod compare;
+mod progress;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser as _;
+use sluice_bench::plain_server::PlainServer;
+use sluice_bench::serve::listen_tcp;
+use sluice_bench::workload::{self, Plan, Workload};
+
+use cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(1),
+        Err(error) => {
+            eprintln!("sluice-bench: {error:#}");
+            ExitCode::from(if error.is::<compare::Lacking>() { 3 } else { 2 })
+        }
+    }
+}
+
+/// Whether all went without errors.
+fn run(command: Command) -> Result<bool> {
+    match command {
+        Command::Cps(arguments) => load(&arguments.plan(Workload::Cps)?, arguments.common.json),
+        Command::Rr(arguments) => load(&arguments.plan(Workload::Rr)?, arguments.common.json),
+        Command::Bulk(arguments) => load(&arguments.plan()?, arguments.common.json),
+        Command::Serve(arguments) => {
+            let server = PlainServer::start(listen_tcp(arguments.port)?, arguments.threads)?;
+            eprintln!("serving on {}", server.address());
+            server.wait();
+            Ok(true)
+        }
+        Command::Compare(arguments) => compare::run(&arguments),
+    }
+}
+
+fn load(plan: &Plan, json: bool) -> Result<bool> {
+    let mut line = progress::Line::new();
+    let outcome = workload::run(None, plan, |sample| line.sample("", plan.workload, sample))?;
+    line.clear();
+    if json {
+        println!("{}", progress::to_json(plan, &outcome));
+    } else {
+        progress::print(plan, &outcome);
+    }
+    Ok(outcome.failed() == 0)
+}

@@ -10,6 +10,7 @@ pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod demo;
+pub mod health_check;
 pub mod host;
 pub mod local;
 pub mod node;

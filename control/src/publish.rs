@@ -8,9 +8,10 @@ use sluice_dataplane::table::{NodeSpec, RoutingTable, ServiceName, Slots, TableB
 
 use crate::address;
 use crate::config::Config;
+use crate::health_check::HealthCheck;
 use crate::local::LocalControllers;
 use crate::node::NodeFacts;
-use crate::object::name_of;
+use crate::object::{SERVICE_NAME_LABEL, name_of, service_of};
 use crate::problem::Problem;
 use crate::resolve::{Rules, resolve};
 use crate::source::Update;
@@ -28,6 +29,7 @@ pub struct Publisher {
     source_problems: Vec<Problem>,
     skipped: BTreeMap<String, u64>,
     service_problems: BTreeMap<ServiceName, Vec<Problem>>,
+    health_checks: BTreeMap<ServiceName, HealthCheck>,
 }
 
 impl Publisher {
@@ -51,6 +53,7 @@ impl Publisher {
             source_problems: Vec::new(),
             skipped: BTreeMap::new(),
             service_problems: BTreeMap::new(),
+            health_checks: BTreeMap::new(),
             config,
         };
         publisher.learn_node();
@@ -93,6 +96,12 @@ impl Publisher {
         &self.node
     }
 
+    /// What load balancers may ask about, by Service.
+    #[must_use]
+    pub fn health_checks(&self) -> &BTreeMap<ServiceName, HealthCheck> {
+        &self.health_checks
+    }
+
     /// The Services in force and their counters.
     #[must_use]
     pub fn builder(&self) -> &TableBuilder {
@@ -133,8 +142,37 @@ impl Publisher {
             let problem = Problem::error("spec", message).about(format!("Service {}", conflict.loser));
             origin.map_or(problem.clone(), |origin| problem.from(origin))
         }));
+        problems.extend(self.loops());
+        problems.extend(self.store.slices_without_service().map(|slice| {
+            let label = format!("metadata.labels[{SERVICE_NAME_LABEL}]");
+            let (message, name) = match service_of(&slice.object) {
+                Some(service) => (format!("there is no Service {service}"), name_of(&slice.object.metadata)),
+                None => ("is missing: the slice belongs to no Service".to_owned(), name_of(&slice.object.metadata)),
+            };
+            Problem::warning(label, message).about(format!("EndpointSlice {name}")).from(&slice.origin)
+        }));
         problems.sort();
         problems.dedup();
+        problems
+    }
+
+    /// Endpoints that are frontends of ours. They get no flows.
+    fn loops(&self) -> Vec<Problem> {
+        let table = self.builder.current();
+        let mut problems = Vec::new();
+        for spec in self.builder.services() {
+            for port in &spec.ports {
+                let endpoints = port.cluster.addresses.iter().chain(&port.local.addresses);
+                for endpoint in endpoints.filter(|endpoint| table.leads_back(**endpoint, port.protocol)) {
+                    let service = table.frontend(endpoint.ip(), *endpoint, port.protocol).map(|it| &it.port.service);
+                    let whose = service.map_or("a ClusterIP".to_owned(), |it| format!("a frontend of Service {it}"));
+                    let message = format!("{endpoint} is {whose}: a loop, it gets no traffic");
+                    let problem = Problem::error("endpoints", message).about(format!("Service {}", spec.name));
+                    let origin = self.store.service(&spec.name).map(|service| &service.origin);
+                    problems.push(origin.map_or(problem.clone(), |origin| problem.from(origin)));
+                }
+            }
+        }
         problems
     }
 
@@ -158,6 +196,7 @@ impl Publisher {
     fn resolve_service(&mut self, name: &ServiceName) -> bool {
         let Some(service) = self.store.service(name) else {
             self.service_problems.remove(name);
+            self.health_checks.remove(name);
             return self.builder.remove(name);
         };
         let slices = self.store.slices(name).map(|slice| &*slice.object);
@@ -179,6 +218,10 @@ impl Publisher {
         } else {
             self.service_problems.insert(name.clone(), problems);
         }
+        match resolved.health_check {
+            Some(check) => self.health_checks.insert(name.clone(), check),
+            None => self.health_checks.remove(name),
+        };
         match resolved.spec {
             Some(spec) => self.builder.set(spec),
             None => self.builder.remove(name),

@@ -16,6 +16,7 @@ pub mod get;
 pub mod offline;
 mod report;
 pub mod run;
+pub mod trace;
 
 /// What was asked about is wrong.
 pub const WRONG: u8 = 1;
@@ -45,6 +46,8 @@ enum Command {
     Check(check::Args),
     /// Show what a running daemon serves
     Get(get::Args),
+    /// Say what happens to a new connection, and by which rule
+    Trace(trace::Args),
     /// Remove every link, route, rule and table of ours from this host
     Cleanup(cleanup::Args),
     /// Print the version
@@ -64,6 +67,7 @@ pub fn main() -> ExitCode {
         Command::Demo(args) => demo::run(args),
         Command::Check(args) => check::run(args),
         Command::Get(args) => get::run(args),
+        Command::Trace(args) => trace::run(args),
         Command::Cleanup(args) => cleanup::run(args),
         Command::Version => print(concat!("sluice ", env!("CARGO_PKG_VERSION"), "\n")).map(|()| ExitCode::SUCCESS),
         Command::Completions { shell } => {

@@ -6,15 +6,23 @@ use std::sync::Arc;
 use sluice_dataplane::table::Slots;
 
 use crate::config::Config;
+use crate::object::{Key, Kind};
 use crate::publish::Publisher;
+use crate::source::Change;
 use crate::source::folder::Folder;
 
-/// A publisher with everything that the manifests hold. Without a configured node name it sees them from no node at all.
+/// A publisher with everything that the manifests hold. Without a configured node name it sees them from their only Node,
+/// or from no node at all.
 #[must_use]
 pub fn load(mut config: Config, manifests: &Path) -> Publisher {
-    config.node_name.get_or_insert_default();
-    let prune = config.prune;
+    let update = Folder::new(manifests, config.prune).scan();
+    if config.node_name.is_none() {
+        let nodes: Vec<Key> =
+            update.changes.iter().filter_map(Change::key).filter(|key| key.kind == Kind::Node).collect();
+        let only = <[Key; 1]>::try_from(nodes).map(|[node]| node.name.name.to_string());
+        config.node_name = Some(only.unwrap_or_default());
+    }
     let mut publisher = Publisher::new(config, Vec::new(), Arc::new(Slots::new(1)));
-    publisher.update(Folder::new(manifests, prune).scan());
+    publisher.update(update);
     publisher
 }
