@@ -26,7 +26,7 @@ const LACKS: i32 = 3;
 /// Lines of its log in an error.
 const LOG_LINES: usize = 12;
 
-/// The daemon, running. Dropping it kills it.
+/// The daemon, running. Dropping it stops it.
 #[derive(Debug)]
 pub(super) struct Daemon {
     child: Child,
@@ -97,6 +97,10 @@ impl Daemon {
 
     /// Stops it as an init system does. An error when it does not end in good order.
     pub(super) fn stop(mut self) -> Result<()> {
+        self.terminate()
+    }
+
+    fn terminate(&mut self) -> Result<()> {
         kill(Pid::from_raw(self.child.id().try_into()?), Signal::SIGTERM).context("cannot stop the daemon")?;
         let deadline = Instant::now() + SOON;
         loop {
@@ -134,9 +138,11 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // Its links and rules vanish with the node's namespace; it may have ended already.
-        drop(self.child.kill());
-        drop(self.child.wait());
+        // What it does not remove itself vanishes with the node's namespace.
+        if !matches!(self.child.try_wait(), Ok(Some(_))) && self.terminate().is_err() {
+            drop(self.child.kill());
+            drop(self.child.wait());
+        }
     }
 }
 

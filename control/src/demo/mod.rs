@@ -142,10 +142,10 @@ fn is_usable(address: &std::net::IpAddr) -> bool {
 
 /// The manifests' objects as a plan. What is wrong with them is shown, and is no reason not to play the rest.
 fn read(manifests: Option<&Path>, progress: &Progress) -> Result<Plan> {
-    let (objects, problems): (Vec<Object>, Vec<String>) = match manifests {
+    let (objects, problems, skipped): (Vec<Object>, Vec<String>, _) = match manifests {
         None => {
             let read = manifest::parse(EXAMPLE);
-            (read.objects.into_iter().map(|(object, _)| object).collect(), Vec::new())
+            (read.objects.into_iter().map(|(object, _)| object).collect(), Vec::new(), read.skipped)
         }
         Some(path) => {
             std::fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -155,13 +155,13 @@ fn read(manifests: Option<&Path>, progress: &Progress) -> Result<Plan> {
                 Change::Delete(_) => None,
             });
             let errors = update.problems.iter().filter(|problem| problem.severity == Severity::Error);
-            (objects.collect(), errors.map(ToString::to_string).collect())
+            (objects.collect(), errors.map(ToString::to_string).collect(), update.skipped)
         }
     };
     for problem in problems {
         progress.line(&progress.paint.red(&problem));
     }
-    let plan = workloads::plan(&objects);
+    let plan = workloads::plan(&objects, &skipped);
     if plan.services.is_empty() {
         bail!("there is no Service in the manifests");
     }
@@ -226,11 +226,12 @@ fn conclude(
         refused => format!(", {} refused as they should be", grouped(refused)),
     };
     let verdict = format!(
-        "{} connections{refused}, {}, p50 {}, p99 {}; {tables} routing tables swapped in meanwhile",
+        "{} connections{refused}, {}, p50 {}, p99 {}, slowest {}; {tables} routing tables swapped in meanwhile",
         grouped(report.connections),
         counted(report.errors, "error"),
         report::quantile(&report.latency, 0.5),
         report::quantile(&report.latency, 0.99),
+        report::quantile(&report.latency, 1.0),
     );
     if let Some(error) = stop {
         lines.push(paint.red(&format!("failed: {error:#}")));
