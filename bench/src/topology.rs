@@ -87,14 +87,17 @@ impl Topology {
                 node.sysctl(name, "1")?;
             }
         }
-        let end = |addresses: &[IpNet], routes| LinkConfig {
+        // Neighbour solicitations for forwarded packets have a link-local source (RFC 4861 §4.3); without one the
+        // neighbour is lost as soon as it must be confirmed.
+        let link_local = |host| IpNet::from(Ipv6Net::new_assert(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, host), 64));
+        let end = |addresses: &[IpNet], host, routes| LinkConfig {
             name: "eth0".to_owned(),
-            addresses: addresses.to_vec(),
+            addresses: [addresses, &[link_local(host)]].concat(),
             routes,
             ..LinkConfig::default()
         };
         let client_routes = config.node.iter().map(|node| Route::default_via(node.addr())).collect();
-        link::veth(&node, &end(&config.node, Vec::new()), &client, &end(&config.client, client_routes))
+        link::veth(&node, &end(&config.node, 1, Vec::new()), &client, &end(&config.client, 2, client_routes))
             .context("cannot connect node and client")?;
         make_room_for_connections(&client)?;
         Ok(Self { node, client, config, pods: Mutex::default(), links_made: AtomicU32::new(0) })

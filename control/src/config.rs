@@ -96,7 +96,7 @@ impl Config {
         if is_empty {
             return Ok(Self::default());
         }
-        let config: Self = serde_saphyr::from_str(text).map_err(|error| error.to_string())?;
+        let config: Self = serde_saphyr::from_str(text).map_err(|error| error.without_snippet().to_string())?;
         if config.api_version != API_VERSION {
             return Err(format!("apiVersion: {:?} is not known: use {API_VERSION}", config.api_version));
         }

@@ -16,15 +16,19 @@ use tokio::sync::mpsc;
 
 use crate::admin;
 use crate::config::Config;
+use crate::health_check::HealthServers;
 use crate::host::lock::Lock;
 use crate::host::{Host, LINK, Lacking, Plan, nft, sysctl};
 use crate::node::NodeFacts;
+use crate::problem::Problem;
 use crate::publish::Publisher;
 use crate::source::Update;
 use crate::source::folder::{Folder, watch};
 
 /// How often the host is looked at for what others changed.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+/// How long changes must pause before the log tells what is wrong with objects.
+const REPORT_PAUSE: Duration = Duration::from_millis(100);
 /// Updates that may wait.
 const QUEUE: usize = 64;
 
@@ -37,6 +41,10 @@ pub struct State {
     /// Since when an update waits to be applied, and when the last one was.
     pub progress: Mutex<Progress>,
     publisher: Mutex<Publisher>,
+    /// What is wrong with health check ports.
+    pub health_problems: Mutex<Vec<Problem>>,
+    /// Problems that the log has told of.
+    said: Mutex<Vec<Problem>>,
 }
 
 /// How far the daemon is with its updates.
@@ -64,12 +72,23 @@ impl State {
     fn apply(&self, update: Update) -> Option<Arc<RoutingTable>> {
         let begun = Instant::now();
         let mut publisher = self.publisher();
-        let problems = publisher.problems();
         let table = publisher.update(update);
-        for problem in publisher.problems().iter().filter(|problem| !problems.contains(problem)) {
-            tracing::warn!(%problem, "problem");
+        let table = self.publish(table, begun);
+        if let Some(Err(error)) = publisher.local_controllers().map(|local| local.save(&self.config.state_dir)) {
+            tracing::warn!(%error, "allocated addresses and node ports cannot be saved");
         }
-        self.publish(table, begun)
+        table
+    }
+
+    /// Logs what is newly wrong with objects.
+    fn report(&self) {
+        let problems = admin::views::problems(self).items;
+        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        // Both are sorted.
+        for problem in problems.iter().filter(|problem| said.binary_search(problem).is_err()) {
+            tracing::warn!("{problem}");
+        }
+        *said = problems;
     }
 
     fn publish(&self, table: Option<Arc<RoutingTable>>, begun: Instant) -> Option<Arc<RoutingTable>> {
@@ -102,17 +121,24 @@ pub async fn run(config: Config, manifests: &Path) -> Result<()> {
 
     let (settings, tun) = open_link(&config, &first, &interfaces)?;
     let shared = Shared::new(settings.clone());
-    let publisher = Publisher::new(config.clone(), interfaces.clone(), Arc::clone(&shared.slots));
+    let mut publisher = Publisher::new(config.clone(), interfaces.clone(), Arc::clone(&shared.slots));
+    if let Some(Err(error)) = publisher.local_controllers().map(|local| local.load(&config.state_dir)) {
+        tracing::warn!(%error, "earlier allocated addresses and node ports cannot be read: they are derived anew");
+    }
     let progress = Progress { pending_since: None, last_applied: Timestamp::now() };
     let state = Arc::new(State {
         shared: Arc::clone(&shared),
         config,
         progress: Mutex::new(progress),
         publisher: Mutex::new(publisher),
+        health_problems: Mutex::default(),
+        said: Mutex::default(),
     });
     let _ = state.apply(first);
+    state.report();
     let path = PacketPath::start(tun, Arc::clone(&shared)).context("cannot start the packet threads")?;
-    let mut daemon = Daemon { state, host, masquerade: settings.masquerade_addresses, interfaces };
+    let mut daemon =
+        Daemon { state, host, health: HealthServers::default(), masquerade: settings.masquerade_addresses, interfaces };
     let served = match daemon.set_up_host().await {
         Ok(()) => daemon.serve(folder, &path).await,
         Err(error) => Err(error),
@@ -186,6 +212,7 @@ fn masquerade_addresses(config: &Config, first: &Update, interfaces: &[IpAddr]) 
 struct Daemon {
     state: Arc<State>,
     host: Host,
+    health: HealthServers,
     masquerade: Vec<IpAddr>,
     interfaces: Vec<IpAddr>,
 }
@@ -203,19 +230,29 @@ impl Daemon {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let (sender, mut updates) = mpsc::channel(QUEUE);
         let _watch = watch(folder, sender)?;
-        let _servers = admin::serve(&self.state).await?;
+        let _servers = admin::serve(&self.state)?;
         let _ = sd_notify::notify(&[NotifyState::Ready]);
         let table = self.state.shared.table();
         tracing::info!(frontends = table.len(), admin = %self.state.config.admin, "serving");
         let mut look = tokio::time::interval(LOOK_INTERVAL);
+        let mut unreported = false;
         loop {
             tokio::select! {
                 _ = terminate.recv() => return Ok(()),
                 _ = interrupt.recv() => return Ok(()),
                 update = updates.recv() => match update {
-                    Some(update) => self.update(update).await?,
+                    Some(update) => {
+                        self.update(update).await?;
+                        unreported = true;
+                    }
                     None => bail!("the watch of the manifests ended"),
                 },
+                // Finding all that is wrong may take longer than a change: it waits until changes pause.
+                () = tokio::time::sleep(REPORT_PAUSE), if unreported => {
+                    let state = Arc::clone(&self.state);
+                    tokio::task::spawn_blocking(move || state.report()).await?;
+                    unreported = false;
+                }
                 _ = look.tick() => {
                     if !path.is_running() {
                         bail!("the link {LINK} was taken away");
@@ -230,7 +267,18 @@ impl Daemon {
         self.state.progress().pending_since.get_or_insert_with(Instant::now);
         let state = Arc::clone(&self.state);
         let table = tokio::task::spawn_blocking(move || state.apply(update)).await?;
-        self.follow(table).await
+        self.follow(table).await?;
+        self.serve_health_checks().await;
+        Ok(())
+    }
+
+    async fn serve_health_checks(&mut self) {
+        let table = self.state.shared.table();
+        let mut addresses = table.node().spec().node_port_addresses.clone();
+        addresses.retain(|address| self.interfaces.contains(address));
+        let wanted = self.state.publisher().health_checks().clone();
+        let problems = self.health.apply(&wanted, &addresses, &self.state).await;
+        *self.state.health_problems.lock().unwrap_or_else(PoisonError::into_inner) = problems;
     }
 
     /// Brings the host's routes to a new table.
@@ -259,6 +307,7 @@ impl Daemon {
             tracing::warn!(what, "put right what somebody else changed");
             admin::metrics::host_repaired(&what);
         }
+        self.serve_health_checks().await;
         self.state.publisher().release_idle();
         Ok(())
     }

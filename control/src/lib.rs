@@ -9,6 +9,8 @@ pub mod admin;
 pub mod cli;
 pub mod config;
 pub mod daemon;
+pub mod demo;
+pub mod health_check;
 pub mod host;
 pub mod local;
 pub mod node;

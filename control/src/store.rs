@@ -38,6 +38,8 @@ pub struct Touched {
 pub struct Store {
     services: AHashMap<ServiceName, Stored<Service>>,
     slices: AHashMap<ServiceName, BTreeMap<Arc<str>, Stored<EndpointSlice>>>,
+    /// Slices whose label names no Service.
+    unlabelled: BTreeMap<ServiceName, Stored<EndpointSlice>>,
     /// The Service of each slice, by the slice's own name: its label may change.
     slice_services: AHashMap<ServiceName, ServiceName>,
     pods: AHashMap<ServiceName, Stored<Pod>>,
@@ -79,6 +81,12 @@ impl Store {
         self.slices.keys()
     }
 
+    /// Slices of Services that do not exist, or of none, in no order.
+    pub fn slices_without_service(&self) -> impl Iterator<Item = &Stored<EndpointSlice>> {
+        let orphans = self.slices.iter().filter(|(service, _)| !self.services.contains_key(*service));
+        orphans.flat_map(|(_, slices)| slices.values()).chain(self.unlabelled.values())
+    }
+
     /// Every Pod, in no order.
     pub fn pods(&self) -> impl Iterator<Item = (&ServiceName, &Stored<Pod>)> {
         self.pods.iter()
@@ -104,12 +112,14 @@ impl Store {
             }
             Object::EndpointSlice(object) => {
                 self.remove_slice(&name, touched);
-                // Without the label it is nobody's (semantics: "missing or empty: ignored").
+                // Without the label, or with an empty one, it is nobody's.
                 if let Some(service) = service_of(&object) {
                     let slices = self.slices.entry(service.clone()).or_default();
                     slices.insert(Arc::clone(&name.name), Stored { object, origin });
                     self.slice_services.insert(name, service.clone());
                     touched.services.insert(service);
+                } else {
+                    self.unlabelled.insert(name, Stored { object, origin });
                 }
             }
             Object::Pod(object) => {
@@ -153,6 +163,7 @@ impl Store {
     }
 
     fn remove_slice(&mut self, name: &ServiceName, touched: &mut Touched) {
+        self.unlabelled.remove(name);
         let Some(service) = self.slice_services.remove(name) else { return };
         if let Some(slices) = self.slices.get_mut(&service) {
             slices.remove(&name.name);

@@ -5,29 +5,38 @@
 //! | `/metrics` | Prometheus text |
 //! | `/healthz`, `/livez` | 200 or 503, JSON as kube-proxy's |
 //! | `/api/v1/services`, `endpoints`, `frontends`, `flows` | lists behind `sluice get` |
+//! | `/api/v1/trace?from=IP&to=IP:PORT&proto=tcp` | what happens to a new flow, behind `sluice trace --admin` |
 //! | `/api/v1/problems` | everything that is wrong with objects now |
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use anyhow::Result;
-use axum::extract::State as Extract;
+use axum::extract::{Query, State as Extract};
+use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
 use axum::routing::get;
 use axum::{Json, Router};
+use sluice_dataplane::net::Family;
+use socket2::{Domain, Socket, Type};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
 use crate::daemon::State;
 use crate::host::Lacking;
+use crate::host::sysctl::has_family;
+use crate::trace::Question;
 
 pub mod health;
 pub mod metrics;
 pub mod views;
 
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 128;
+
 /// Listens on both addresses. The servers end when the set is dropped.
-pub async fn serve(state: &Arc<State>) -> Result<JoinSet<std::io::Result<()>>> {
+pub fn serve(state: &Arc<State>) -> Result<JoinSet<std::io::Result<()>>> {
     let health = Router::new()
         .route("/healthz", get(health::healthz))
         .route("/livez", get(health::livez))
@@ -38,26 +47,47 @@ pub async fn serve(state: &Arc<State>) -> Result<JoinSet<std::io::Result<()>>> {
         .route("/api/v1/endpoints", get(|Extract(state): Extract<Arc<State>>| list(state, views::endpoints)))
         .route("/api/v1/frontends", get(|Extract(state): Extract<Arc<State>>| list(state, views::frontends)))
         .route("/api/v1/flows", get(|Extract(state): Extract<Arc<State>>| list(state, views::flows)))
+        .route("/api/v1/trace", get(trace))
         .route("/api/v1/problems", get(|Extract(state): Extract<Arc<State>>| list(state, views::problems)))
         .with_state(Arc::clone(state))
         .merge(health.clone());
     let mut servers = JoinSet::new();
     for (address, router, flag) in [(state.config.admin, admin, "--admin"), (state.config.health, health, "--health")] {
-        let listener = listen(address, flag).await?;
+        let listener = listen(address, flag)?;
         servers.spawn(async move { axum::serve(listener, router).await });
     }
     Ok(servers)
 }
 
-async fn listen(address: SocketAddr, flag: &str) -> Result<TcpListener> {
-    TcpListener::bind(address)
-        .await
-        .map_err(|error| Lacking(format!("cannot listen on {address}: {error}: choose another with {flag}")).into())
+fn listen(address: SocketAddr, flag: &str) -> Result<TcpListener> {
+    // All IPv4 addresses means all addresses, as in kube-proxy; without IPv6 it means what it says.
+    let all = address.ip() == IpAddr::V4(Ipv4Addr::UNSPECIFIED) && has_family(Family::V6);
+    let bind = || -> std::io::Result<TcpListener> {
+        let address = if all { SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), address.port()) } else { address };
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+        if address.is_ipv6() {
+            socket.set_only_v6(!all)?;
+        }
+        socket.set_reuse_address(true)?;
+        socket.set_nonblocking(true)?;
+        socket.bind(&address.into())?;
+        socket.listen(BACKLOG)?;
+        TcpListener::from_std(socket.into())
+    };
+    bind().map_err(|error| Lacking(format!("cannot listen on {address}: {error}: choose another with {flag}")).into())
 }
 
 async fn render_metrics(Extract(state): Extract<Arc<State>>) -> impl IntoResponse {
     let text = tokio::task::spawn_blocking(move || metrics::render(&state)).await.unwrap_or_default();
     ([(CONTENT_TYPE, "text/plain; version=0.0.4")], text)
+}
+
+/// Asks the table in force, as packets do.
+async fn trace(Extract(state): Extract<Arc<State>>, Query(question): Query<Question>) -> impl IntoResponse {
+    match question.flow() {
+        Ok(flow) => Json(crate::trace::trace(&state.shared.table(), &flow)).into_response(),
+        Err(reason) => (StatusCode::BAD_REQUEST, reason + "\n").into_response(),
+    }
 }
 
 /// A list, made off the threads that serve: it may be long.
@@ -67,8 +97,6 @@ async fn list<T: serde::Serialize + Send + 'static>(
 ) -> impl IntoResponse {
     match tokio::task::spawn_blocking(move || view(&state)).await {
         Ok(list) => Json(list).into_response(),
-        Err(error) => {
-            (axum::http::StatusCode::INTERNAL_SERVER_ERROR, format!("the list cannot be made: {error}")).into_response()
-        }
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("the list cannot be made: {error}")).into_response(),
     }
 }

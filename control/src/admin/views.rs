@@ -353,6 +353,8 @@ pub fn flows(state: &State) -> List<FlowEntry> {
 
 /// Everything that is wrong now.
 pub fn problems(state: &State) -> List<Problem> {
-    let problems = state.publisher().problems();
+    let mut problems = state.publisher().problems();
+    problems.extend(state.health_problems.lock().unwrap_or_else(std::sync::PoisonError::into_inner).iter().cloned());
+    problems.sort();
     list(state, "Problem", problems)
 }

@@ -6,6 +6,7 @@ use anyhow::Result;
 
 use super::print;
 use crate::host::Host;
+use crate::host::lock::lock_namespace;
 
 /// Arguments of `sluice cleanup`.
 #[derive(Debug, clap::Args)]
@@ -13,6 +14,7 @@ pub struct Args {}
 
 /// Removes links, routes, rules and tables of ours, and says which.
 pub fn run(Args {}: Args) -> Result<ExitCode> {
+    let _lock = lock_namespace()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let removed = runtime.block_on(async {
         let mut host = Host::new()?;

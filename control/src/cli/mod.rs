@@ -9,9 +9,14 @@ use clap::{CommandFactory as _, Parser, Subcommand};
 use crate::config::ConfigError;
 use crate::host::Lacking;
 
+pub mod check;
 pub mod cleanup;
+pub mod demo;
 pub mod get;
+pub mod offline;
+mod report;
 pub mod run;
+pub mod trace;
 
 /// What was asked about is wrong.
 pub const WRONG: u8 = 1;
@@ -35,8 +40,14 @@ const EXIT_CODES: &str =
 enum Command {
     /// Serve the Services of a folder of manifests on this node, until SIGTERM
     Run(run::Args),
+    /// Play a private cluster on this machine, with real connections, a rolling update and a scale-up
+    Demo(demo::Args),
+    /// Validate manifests and say what would be routed
+    Check(check::Args),
     /// Show what a running daemon serves
     Get(get::Args),
+    /// Say what happens to a new connection, and by which rule
+    Trace(trace::Args),
     /// Remove every link, route, rule and table of ours from this host
     Cleanup(cleanup::Args),
     /// Print the version
@@ -53,7 +64,10 @@ enum Command {
 pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(args) => run::run(args),
+        Command::Demo(args) => demo::run(args),
+        Command::Check(args) => check::run(args),
         Command::Get(args) => get::run(args),
+        Command::Trace(args) => trace::run(args),
         Command::Cleanup(args) => cleanup::run(args),
         Command::Version => print(concat!("sluice ", env!("CARGO_PKG_VERSION"), "\n")).map(|()| ExitCode::SUCCESS),
         Command::Completions { shell } => {

@@ -37,7 +37,7 @@ pub(super) async fn set_up(netlink: &Handle) -> Result<Vec<String>> {
     let link = find(netlink).await?.with_context(|| format!("the link {LINK} is gone"))?;
     let mut changes = sysctl::set_link(LINK)?;
     let mtu = largest_mtu(netlink).await?;
-    let has_mtu = link.attributes.iter().any(|attribute| *attribute == LinkAttribute::Mtu(mtu));
+    let has_mtu = link.attributes.contains(&LinkAttribute::Mtu(mtu));
     if !has_mtu || !link.header.flags.contains(LinkFlags::Up) {
         let message = LinkUnspec::new_with_index(link.header.index).mtu(mtu).up().build();
         netlink.link().set(message).execute().await.with_context(|| format!("cannot bring {LINK} up"))?;

@@ -1,7 +1,7 @@
 //! One daemon a network namespace, and one a state directory.
 
 use std::fs::{self, File, OpenOptions};
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
@@ -14,23 +14,14 @@ use super::Lacking;
 /// Held while the daemon runs; a process that ends, however, gives it up.
 #[derive(Debug)]
 pub struct Lock {
-    _namespace: std::os::fd::OwnedFd,
+    _namespace: OwnedFd,
     _directory: Flock<File>,
 }
 
 impl Lock {
     /// Takes both locks. Fails, with exit code 3, when another daemon holds one.
     pub fn take(state_dir: &Path) -> Result<Self> {
-        // The abstract socket namespace is the network namespace's own.
-        let namespace = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
-            .context("cannot make a socket")?;
-        match bind(namespace.as_raw_fd(), &UnixAddr::new_abstract(b"sluice")?) {
-            Ok(()) => {}
-            Err(Errno::EADDRINUSE) => {
-                return Err(Lacking("another sluice runs in this network namespace".to_owned()).into());
-            }
-            Err(error) => return Err(error).context("cannot lock the network namespace"),
-        }
+        let namespace = lock_namespace()?;
         fs::create_dir_all(state_dir).map_err(|error| {
             Lacking(format!(
                 "cannot make the state directory {}: {error}: choose one with --state-dir",
@@ -50,5 +41,17 @@ impl Lock {
             }
             Err((_, error)) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
         }
+    }
+}
+
+/// Fails, with exit code 3, when a daemon runs in this network namespace. What is returned keeps one from starting.
+pub fn lock_namespace() -> Result<OwnedFd> {
+    // The names of abstract sockets are the network namespace's own.
+    let namespace =
+        socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).context("cannot make a socket")?;
+    match bind(namespace.as_raw_fd(), &UnixAddr::new_abstract(b"sluice")?) {
+        Ok(()) => Ok(namespace),
+        Err(Errno::EADDRINUSE) => Err(Lacking("another sluice runs in this network namespace".to_owned()).into()),
+        Err(error) => Err(error).context("cannot lock the network namespace"),
     }
 }

@@ -32,3 +32,30 @@ pub(super) fn timeout(spec: &ServiceSpec, problems: &mut Problems<'_>) -> Option
     };
     Some(Duration::from_secs(seconds.unsigned_abs().into()))
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use crate::resolve::testing::{resolved, service};
+
+    #[test]
+    fn the_timeout_has_a_default_and_bounds() {
+        let with = |seconds| json!({"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": seconds}}});
+        for (spec, seconds, problems) in [
+            (json!({}), None, 0),
+            (json!({"sessionAffinity": "None"}), None, 0),
+            (json!({"sessionAffinity": "ClientIP"}), Some(10_800), 0),
+            (with(1), Some(1), 0),
+            (with(86_400), Some(86_400), 0),
+            (with(0), Some(10_800), 1),
+            (with(-5), Some(10_800), 1),
+            (with(86_401), Some(10_800), 1),
+            (json!({"sessionAffinity": "Cookie"}), None, 1),
+        ] {
+            let found = resolved(&service(spec.clone()), &[]);
+            let timeout = found.spec.unwrap().ports[0].affinity.map(|timeout| timeout.as_secs());
+            assert_eq!((timeout, found.problems.len()), (seconds, problems), "{spec}");
+        }
+    }
+}

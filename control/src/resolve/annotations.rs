@@ -24,3 +24,33 @@ pub(super) fn balancing(metadata: &ObjectMeta, default: Balancing, problems: &mu
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use sluice_dataplane::table::Balancing::{LeastConnections, Random, RoundRobin};
+
+    use crate::resolve::Rules;
+    use crate::resolve::testing::{fields, resolved_by, rules, service};
+
+    #[test]
+    fn a_service_chooses_its_endpoint_selection() {
+        let rules = Rules { balancing: Random, ..rules() };
+        for (value, balancing, problems) in [
+            (None, Random, 0),
+            (Some("least-connections"), LeastConnections, 0),
+            (Some("round-robin"), RoundRobin, 0),
+            (Some("random"), Random, 0),
+            (Some("fastest"), Random, 1),
+            (Some(""), Random, 1),
+        ] {
+            let mut web = service(json!({}));
+            if let Some(value) = value {
+                web["metadata"]["annotations"] = json!({"sluice.dev/load-balancer": value});
+            }
+            let found = resolved_by(&web, &[], &rules);
+            assert_eq!(fields(&found).len(), problems, "{value:?}");
+            assert_eq!(found.spec.unwrap().ports[0].balancing, balancing, "{value:?}");
+        }
+    }
+}

@@ -1,9 +1,12 @@
 //! Endpoints: slices merged into one list for each Service port. Joined by port name and protocol; the number is the
 //! slice's, never `targetPort`. Of each endpoint only the first address counts.
 
+#[cfg(test)]
+mod tests;
+
 use std::net::{IpAddr, SocketAddr};
 
-use ahash::AHashMap;
+use ahash::{AHashMap, AHashSet};
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
 use sluice_dataplane::net::{Family, Protocol};
 
@@ -134,6 +137,15 @@ impl<'s> Candidates<'s> {
             Slice { slice, ports: slice_ports(slice, rules, problems), candidates }
         };
         Self { slices: of_family.map(read).collect() }
+    }
+
+    /// Distinct addresses of ready endpoints on this node, whatever their port.
+    pub(super) fn local_ready(&self) -> usize {
+        let slices = self.slices.iter().filter(|slice| !slice.ports.is_empty());
+        let counts = |candidate: &&Candidate<'_>| candidate.local && candidate.ready;
+        let here: AHashSet<IpAddr> =
+            slices.flat_map(|slice| &slice.candidates).filter(counts).map(|candidate| candidate.address).collect();
+        here.len()
     }
 
     /// The endpoints of a Service port, each once, in the order of the slices.

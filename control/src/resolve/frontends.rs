@@ -155,3 +155,103 @@ pub(super) fn read(text: &str) -> Result<IpAddr, String> {
         Some(address) => Ok(address),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use crate::resolve::Rules;
+    use crate::resolve::testing::{fields, port, resolved, resolved_by, rules, service, text};
+
+    #[test]
+    fn some_services_are_not_ours() {
+        let labelled = |value: &str| {
+            let mut web = service(json!({}));
+            web["metadata"]["labels"] = json!({"service.kubernetes.io/service-proxy-name": value});
+            web
+        };
+        for (web, ours, theirs) in [
+            (service(json!({})), true, false),
+            (labelled("other"), false, true),
+            (labelled("third"), false, false),
+            (labelled(""), false, false),
+            (service(json!({"type": "ExternalName"})), false, false),
+            (service(json!({"clusterIP": "None"})), false, false),
+            (service(json!({"clusterIP": ""})), false, false),
+        ] {
+            let other = Rules { service_proxy_name: "other".to_owned(), ..rules() };
+            let served = (resolved(&web, &[]).spec.is_some(), resolved_by(&web, &[], &other).spec.is_some());
+            assert_eq!(served, (ours, theirs), "{web}");
+        }
+    }
+
+    #[test]
+    fn a_family_is_served_at_its_own_cluster_ip() {
+        let (v4, v6) = ("10.96.0.1", "fd00:96::1");
+        for (spec, served, problems) in [
+            (json!({"clusterIPs": [v4, v6], "ipFamilies": ["IPv4", "IPv6"]}), &[v4, v6][..], 0),
+            (json!({"clusterIP": v6, "clusterIPs": [v6, v4], "ipFamilies": ["IPv6", "IPv4"]}), &[v6, v4], 0),
+            (json!({"clusterIPs": [v4], "ipFamilies": ["IPv4"]}), &[v4], 0),
+            (json!({"clusterIP": v6}), &[v6], 0),
+            // Without families only clusterIP counts; without a list it is the list.
+            (json!({"clusterIPs": [v4, v6]}), &[v4], 0),
+            (json!({"ipFamilies": ["IPv4"]}), &[v4], 0),
+            (json!({"clusterIPs": [v4], "ipFamilies": ["IPv4", "IPv6"]}), &[v4], 1),
+            (json!({"clusterIPs": [v4, v6], "ipFamilies": ["IPv6", "IPv4"]}), &[], 2),
+            (json!({"clusterIPs": [v4, v6], "ipFamilies": ["IPv4", "IPX"]}), &[v4], 1),
+            (json!({"clusterIPs": [v4, "10.96.0.2"], "ipFamilies": ["IPv4", "IPv4"]}), &[v4], 1),
+            (json!({"clusterIP": "10.96.000.01"}), &[v4], 0),
+            (json!({"clusterIP": "garbage"}), &[], 1),
+            (json!({"clusterIP": "224.0.0.1"}), &[], 1),
+            (json!({"clusterIP": ""}), &[], 1),
+        ] {
+            let found = resolved(&service(spec.clone()), &[]);
+            let ports = found.spec.iter().flat_map(|spec| &spec.ports);
+            let addresses: Vec<String> = ports.map(|port| port.cluster_ip.to_string()).collect();
+            assert_eq!((addresses, found.problems.len()), (text(served), problems), "{spec}: {:?}", found.problems);
+        }
+    }
+
+    #[test]
+    fn ports_that_cannot_be_served_are_named() {
+        let ports = json!([
+            {"name": "a", "port": 80}, {"name": "b", "port": 0}, {"name": "c", "port": 65536}, {"name": "d", "port": -1},
+            {"name": "e", "port": 81, "protocol": "tcp"}, {"name": "a", "port": 82}, {"name": "g", "port": 80},
+            {"name": "a", "port": 80, "protocol": "UDP"}, {"name": "i", "port": 83, "protocol": "SCTP"},
+        ]);
+        let found = resolved(&service(json!({"ports": ports})), &[]);
+        let bad = ["[1].port", "[2].port", "[3].port", "[4].protocol", "[5].name", "[6].port"];
+        assert_eq!(fields(&found), text(&bad.map(|it| format!("Service ns/web: spec.ports{it}"))));
+        let spec = found.spec.unwrap();
+        let served: Vec<_> =
+            spec.ports.iter().map(|port| format!("{} {} {}", port.name, port.number, port.protocol)).collect();
+        assert_eq!(served, ["a 80 TCP", "a 80 UDP", "i 83 SCTP"]);
+        assert_eq!(fields(&resolved(&service(json!({"ports": []})), &[])), ["Service ns/web: spec.ports"]);
+    }
+
+    #[test]
+    fn external_addresses_are_read_leniently_by_family() {
+        let addresses =
+            json!(["198.51.100.01", "2001:db8::1", "198.51.100.1", "x", "0.0.0.0", "169.254.1.1", "fe80::1"]);
+        let web = service(json!({"externalIPs": addresses}));
+        assert_eq!(text(&port(&web, &[]).external_ips), ["198.51.100.1"]);
+        let bad = ["[3]", "[4]", "[5]", "[6]"];
+        assert_eq!(fields(&resolved(&web, &[])), text(&bad.map(|it| format!("Service ns/web: spec.externalIPs{it}"))));
+    }
+
+    #[test]
+    fn a_thousand_ports_are_served() {
+        let port = |number: u32| json!({"name": format!("p{number}"), "port": number});
+        let ports: Vec<Value> = (1..=1000).map(port).collect();
+        let spec = resolved(&service(json!({"ports": ports})), &[]).spec.unwrap();
+        assert_eq!(spec.ports.len(), 1000);
+    }
+
+    #[test]
+    fn the_age_of_a_service_is_kept() {
+        let mut web = service(json!({}));
+        assert_eq!(resolved(&web, &[]).spec.unwrap().created, None);
+        web["metadata"]["creationTimestamp"] = json!("1970-01-01T00:01:00Z");
+        assert_eq!(resolved(&web, &[]).spec.unwrap().created, Some(60));
+    }
+}

@@ -9,6 +9,8 @@ mod frontends;
 mod load_balancer;
 mod node_port;
 mod problems;
+#[cfg(test)]
+mod testing;
 mod topology;
 mod traffic_policy;
 
@@ -21,6 +23,7 @@ use sluice_dataplane::net::Family;
 use sluice_dataplane::table::{Balancing, PortSpec, ServiceSpec};
 
 use crate::config::PortRange;
+use crate::health_check::HealthCheck;
 use crate::node::NodeFacts;
 use crate::object::name_of;
 use crate::problem::Problem;
@@ -46,6 +49,8 @@ pub struct Rules {
 pub struct Resolved {
     /// What to serve; nothing when the Service is not for us (headless, ExternalName, another proxy's).
     pub spec: Option<ServiceSpec>,
+    /// What load balancers may ask about it (`spec.healthCheckNodePort`).
+    pub health_check: Option<HealthCheck>,
     /// What is wrong with it or its slices. Objects are named; origins are the caller's to add.
     pub problems: Vec<Problem>,
 }
@@ -65,11 +70,11 @@ pub fn resolve<'s>(
     let mut problems = Problems::new(&name);
     let Some(spec) = &service.spec else {
         problems.error("spec", "is missing");
-        return Resolved { spec: None, problems: problems.into_list() };
+        return Resolved { problems: problems.into_list(), ..Resolved::default() };
     };
     let cluster_ips = frontends::cluster_ips(spec, &mut problems);
     if cluster_ips.is_empty() {
-        return Resolved { spec: None, problems: problems.into_list() };
+        return Resolved { problems: problems.into_list(), ..Resolved::default() };
     }
     let service_ports = frontends::ports(spec, rules, &mut problems);
     let external_ips = frontends::external_ips(spec, &mut problems);
@@ -81,6 +86,7 @@ pub fn resolve<'s>(
     let slices = endpoints::in_force(slices);
     endpoints::report_types(&slices, &mut problems);
     let mut ports = Vec::with_capacity(service_ports.len() * cluster_ips.len());
+    let mut local_ready = [0, 0];
     for (family, cluster_ip) in cluster_ips {
         let of_family = |addresses: &[IpAddr]| -> Vec<IpAddr> {
             addresses.iter().copied().filter(|address| Family::of(*address) == family).collect()
@@ -94,6 +100,7 @@ pub fn resolve<'s>(
             ports: &service_ports,
         };
         let candidates = endpoints::Candidates::new(&slices, family, node, rules, &own, &mut problems);
+        local_ready[family as usize] = candidates.local_ready();
         for port in &service_ports {
             let endpoints = candidates.of_port(port.name, port.protocol, &own, node, &mut problems);
             let reaches_outside = port.node_port.is_some() || !vips.is_empty() || !external_ips.is_empty();
@@ -122,5 +129,7 @@ pub fn resolve<'s>(
     }
     let created = service.metadata.creation_timestamp.as_ref().map(|time| time.0.as_second());
     let problems = problems.into_list();
-    Resolved { spec: Some(ServiceSpec { name, created, ports }), problems }
+    let health_check = load_balancer::health_check_port(spec, policies.external)
+        .map(|port| HealthCheck { port, local_endpoints: local_ready });
+    Resolved { spec: Some(ServiceSpec { name, created, ports }), health_check, problems }
 }

@@ -43,3 +43,34 @@ impl NodePorts {
         Some(port)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use crate::problem::Severity;
+    use crate::resolve::testing::{resolved, service};
+
+    #[test]
+    fn node_ports_are_valid_and_one_ports_own() {
+        for (number, served, severity) in [
+            (json!(30080), Some(30080), None),
+            (json!(0), None, None),
+            (json!(null), None, None),
+            (json!(3001), Some(3001), Some(Severity::Warning)),
+            (json!(-1), None, Some(Severity::Error)),
+            (json!(65536), None, Some(Severity::Error)),
+        ] {
+            let found = resolved(&service(json!({"ports": [{"name": "http", "port": 80, "nodePort": number}]})), &[]);
+            let severity_found = found.problems.first().map(|problem| problem.severity);
+            assert_eq!((found.spec.unwrap().ports[0].node_port, severity_found), (served, severity), "{number}");
+        }
+        let ports = json!([
+            {"name": "a", "port": 80, "nodePort": 30080}, {"name": "b", "port": 81, "nodePort": 30080},
+            {"name": "c", "port": 80, "protocol": "UDP", "nodePort": 30080},
+        ]);
+        let found = resolved(&service(json!({"ports": ports})), &[]);
+        let served: Vec<_> = found.spec.unwrap().ports.iter().map(|port| port.node_port).collect();
+        assert_eq!((served, found.problems.len()), (vec![Some(30080), None, Some(30080)], 1));
+    }
+}

@@ -57,3 +57,70 @@ impl Topology {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use crate::resolve::testing::{port, service, slice_of, text};
+
+    #[test]
+    fn hints_count_when_every_ready_endpoint_has_one_and_one_is_for_us() {
+        for (endpoints, chosen, why) in [
+            (
+                &["10.0.0.1 zone=a", "10.0.0.2 zone=b"][..],
+                &["10.0.0.1:8080"][..],
+                "hints: 1 of 2 ready endpoints is for zone a",
+            ),
+            (&["10.0.0.1 zone=a", "10.0.0.2"], &["10.0.0.1:8080", "10.0.0.2:8080"], "2 of 2 endpoints are ready"),
+            (
+                &["10.0.0.1 zone=b", "10.0.0.2 zone=c"],
+                &["10.0.0.1:8080", "10.0.0.2:8080"],
+                "2 of 2 endpoints are ready",
+            ),
+            (
+                &["10.0.0.1 node=me zone=b", "10.0.0.2 node=other zone=a"],
+                &["10.0.0.1:8080"],
+                "hints: 1 of 2 ready endpoints is for node me",
+            ),
+            (
+                &["10.0.0.1 node=me zone=b", "10.0.0.2 zone=a"],
+                &["10.0.0.2:8080"],
+                "hints: 1 of 2 ready endpoints is for zone a",
+            ),
+            (
+                &["10.0.0.1 node=x zone=b", "10.0.0.2 node=y zone=a"],
+                &["10.0.0.2:8080"],
+                "hints: 1 of 2 ready endpoints is for zone a",
+            ),
+            // An endpoint that is not ready neither needs a hint nor makes one count.
+            (
+                &["10.0.0.1 zone=a", "10.0.0.2 unready"],
+                &["10.0.0.1:8080"],
+                "hints: 1 of 1 ready endpoint is for zone a",
+            ),
+            (&["10.0.0.1 zone=a unready", "10.0.0.2 zone=b"], &["10.0.0.2:8080"], "1 of 2 endpoints is ready"),
+        ] {
+            let list = port(&service(json!({})), &[slice_of(endpoints)]).cluster;
+            assert_eq!((text(&list.addresses), list.why.as_str()), (text(chosen), why), "{endpoints:?}");
+        }
+    }
+
+    #[test]
+    fn hints_never_apply_to_local_lists_or_to_draining_endpoints() {
+        let slices = [slice_of(&["10.0.0.1 here zone=b", "10.0.0.2 here zone=a", "10.0.0.3 zone=a"])];
+        let local = port(&service(json!({"internalTrafficPolicy": "Local"})), &slices).local;
+        assert_eq!(text(&local.addresses), ["10.0.0.1:8080", "10.0.0.2:8080"]);
+        let draining = [slice_of(&["10.0.0.1 zone=b unready terminating", "10.0.0.2 zone=a unready terminating"])];
+        assert_eq!(port(&service(json!({})), &draining).cluster.addresses.len(), 2);
+    }
+
+    #[test]
+    fn only_hints_in_slices_are_read() {
+        let mut web = service(json!({"trafficDistribution": "PreferSameZone"}));
+        web["metadata"]["annotations"] = json!({"service.kubernetes.io/topology-mode": "Auto"});
+        let mut slice = slice_of(&["10.0.0.1", "10.0.0.2"]);
+        slice["endpoints"][0]["zone"] = json!("a");
+        assert_eq!(port(&web, &[slice]).cluster.addresses.len(), 2);
+    }
+}

@@ -45,11 +45,14 @@ impl Policies {
         let uses_cluster = self.internal == TrafficPolicy::Cluster || reaches_outside;
         let uses_local =
             self.internal == TrafficPolicy::Local || (self.external == TrafficPolicy::Local && reaches_outside);
-        Lists {
-            cluster: if uses_cluster { cluster(endpoints, node) } else { EndpointList::default() },
-            local: if uses_local { local(endpoints) } else { EndpointList::default() },
-            has_any: endpoints.iter().any(|endpoint| endpoint.of.ready || endpoint.of.drains()),
-        }
+        let has_any = endpoints.iter().any(|endpoint| endpoint.of.ready || endpoint.of.drains());
+        let list = |is_used: bool, make: &dyn Fn() -> EndpointList| match (is_used, has_any) {
+            (false, _) => EndpointList::default(),
+            (true, false) => nothing(endpoints.len()),
+            (true, true) => make(),
+        };
+        let cluster = list(uses_cluster, &|| cluster(endpoints, node));
+        Lists { cluster, local: list(uses_local, &|| local(endpoints)), has_any }
     }
 }
 
@@ -59,18 +62,13 @@ fn cluster(endpoints: &[Merged<'_, '_>], node: &NodeFacts) -> EndpointList {
     let is_meant = |endpoint: &&Merged<'_, '_>| topology.is_none_or(|topology| topology.admits(endpoint, node));
     let ready = || endpoints.iter().filter(|endpoint| endpoint.of.ready);
     let addresses: Vec<_> = ready().filter(is_meant).map(|endpoint| endpoint.address).collect();
-    if addresses.is_empty() {
-        return draining::fallback(endpoints.iter(), "").unwrap_or_else(|| nothing(endpoints.len(), ""));
-    }
-    let (count, total) = (addresses.len(), endpoints.len());
     let why = match topology {
-        Some(topology) => format!(
-            "hints: {count} of {} {} for {}",
-            counted(ready().count(), "ready endpoint"),
-            is_or_are(count),
-            topology.target(node)
-        ),
-        None => format!("{count} of {} {} ready", counted(total, "endpoint"), is_or_are(count)),
+        _ if addresses.is_empty() => return draining::fallback(endpoints.iter(), ""),
+        Some(topology) => {
+            let (all, verb) = of(addresses.len(), ready().count(), "ready endpoint");
+            format!("hints: {all} {verb} for {}", topology.target(node))
+        }
+        None => are_ready(addresses.len(), endpoints.len(), ""),
     };
     EndpointList { addresses, why }
 }
@@ -80,35 +78,31 @@ fn local(endpoints: &[Merged<'_, '_>]) -> EndpointList {
     const HERE: &str = " on this node";
     let here = || endpoints.iter().filter(|endpoint| endpoint.of.local);
     let addresses: Vec<_> = here().filter(|endpoint| endpoint.of.ready).map(|endpoint| endpoint.address).collect();
-    let (count, of_node, total) = (addresses.len(), here().count(), endpoints.len());
-    if count == 0 && of_node > 0 {
-        return draining::fallback(here(), HERE).unwrap_or_else(|| nothing(of_node, HERE));
+    if addresses.is_empty() && here().any(|endpoint| endpoint.of.drains()) {
+        return draining::fallback(here(), HERE);
     }
-    let why = match (count, of_node, total) {
-        (0, _, 0) => nothing(0, "").why,
-        (0, ..) => format!("0 of {}{HERE}", counted(total, "endpoint")),
-        (count, of_node, _) if count < of_node => {
-            format!("{count} of {}{HERE} {} ready", counted(of_node, "endpoint"), is_or_are(count))
-        }
-        (count, ..) => format!("{count} of {}{HERE}", counted(total, "endpoint")),
+    let why = match (addresses.len(), here().count()) {
+        (count, of_node) if count < of_node => are_ready(count, of_node, HERE),
+        (count, _) => of(count, endpoints.len(), "endpoint").0 + HERE,
     };
     EndpointList { addresses, why }
 }
 
-fn nothing(total: usize, place: &str) -> EndpointList {
-    let why = match total {
-        0 => "there are no endpoints".to_owned(),
-        total => format!("0 of {}{place} are ready", counted(total, "endpoint")),
-    };
+fn nothing(total: usize) -> EndpointList {
+    let why = if total == 0 { "there are no endpoints".to_owned() } else { are_ready(0, total, "") };
     EndpointList { addresses: Vec::new(), why }
 }
 
-fn counted(count: usize, noun: &str) -> String {
-    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+fn are_ready(count: usize, total: usize, place: &str) -> String {
+    let (all, verb) = of(count, total, "endpoint");
+    format!("{all}{place} {verb} ready")
 }
 
-fn is_or_are(count: usize) -> &'static str {
-    if count == 1 { "is" } else { "are" }
+/// "2 of 3 endpoints" and the verb to go on with.
+fn of(count: usize, total: usize, noun: &str) -> (String, &'static str) {
+    let plural = if total == 1 { "" } else { "s" };
+    let verb = if count == 1 || total == 1 { "is" } else { "are" };
+    (format!("{count} of {total} {noun}{plural}"), verb)
 }
 
 fn read(text: Option<&str>, field: &str, problems: &mut Problems<'_>) -> TrafficPolicy {
@@ -119,5 +113,72 @@ fn read(text: Option<&str>, field: &str, problems: &mut Problems<'_>) -> Traffic
             problems.error(field, format!("{other:?} is neither Cluster nor Local: Cluster is used"));
             TrafficPolicy::Cluster
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use sluice_dataplane::table::TrafficPolicy::{Cluster, Local};
+
+    use crate::resolve::testing::{fields, port, resolved, service, slice_of, text};
+
+    #[test]
+    fn the_external_policy_counts_where_something_is_external() {
+        for (spec, external) in [
+            (json!({"externalTrafficPolicy": "Local"}), Cluster),
+            (json!({"externalTrafficPolicy": "Local", "externalIPs": ["198.51.100.1"]}), Local),
+            (json!({"externalTrafficPolicy": "Local", "externalIPs": ["garbage"]}), Local),
+            (json!({"externalTrafficPolicy": "Local", "type": "NodePort"}), Local),
+            (json!({"externalTrafficPolicy": "Local", "type": "LoadBalancer"}), Local),
+            (json!({"externalTrafficPolicy": "Cluster", "type": "LoadBalancer"}), Cluster),
+            (json!({"type": "LoadBalancer"}), Cluster),
+        ] {
+            let port = port(&service(spec.clone()), &[]);
+            assert_eq!((port.internal_policy, port.external_policy), (Cluster, external), "{spec}");
+        }
+    }
+
+    #[test]
+    fn a_list_is_made_only_for_a_policy_that_asks_for_it() {
+        let slices = [slice_of(&["10.0.0.1 here", "10.0.0.2"])];
+        let external = json!(["198.51.100.1"]);
+        for (spec, cluster, local) in [
+            (json!({}), 2, 0),
+            (json!({"internalTrafficPolicy": "Local"}), 0, 1),
+            (json!({"internalTrafficPolicy": "Local", "externalIPs": external}), 2, 1),
+            (json!({"externalTrafficPolicy": "Local", "externalIPs": external}), 2, 1),
+            (json!({"externalTrafficPolicy": "Local", "type": "LoadBalancer"}), 2, 0),
+        ] {
+            let port = port(&service(spec.clone()), &slices);
+            assert_eq!((port.cluster.addresses.len(), port.local.addresses.len()), (cluster, local), "{spec}");
+        }
+    }
+
+    #[test]
+    fn the_reason_of_a_local_list_has_the_numbers() {
+        let web = service(json!({"internalTrafficPolicy": "Local"}));
+        for (endpoints, chosen, why) in [
+            (&["10.0.0.1 here", "10.0.0.2", "10.0.0.3"][..], 1, "1 of 3 endpoints on this node"),
+            (&["10.0.0.1 here", "10.0.0.2 here unready"], 1, "1 of 2 endpoints on this node is ready"),
+            (&["10.0.0.1 here unready", "10.0.0.2"], 0, "0 of 1 endpoint on this node is ready"),
+            (&["10.0.0.1", "10.0.0.2"], 0, "0 of 2 endpoints on this node"),
+            (&["10.0.0.1 unready", "10.0.0.2 unready"], 0, "0 of 2 endpoints are ready"),
+            (&[], 0, "there are no endpoints"),
+        ] {
+            let list = port(&web, &[slice_of(endpoints)]).local;
+            assert_eq!((list.addresses.len(), list.why.as_str()), (chosen, why), "{endpoints:?}");
+        }
+    }
+
+    #[test]
+    fn unknown_policies_are_reported_and_mean_cluster() {
+        let web =
+            service(json!({"internalTrafficPolicy": "local", "externalTrafficPolicy": "Nearest", "type": "Fancy"}));
+        let found = resolved(&web, &[]);
+        let names = ["spec.externalTrafficPolicy", "spec.internalTrafficPolicy", "spec.type"];
+        assert_eq!(fields(&found), text(&names.map(|name| format!("Service ns/web: {name}"))));
+        let port = &found.spec.unwrap().ports[0];
+        assert_eq!((port.internal_policy, port.external_policy), (Cluster, Cluster));
     }
 }

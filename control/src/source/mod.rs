@@ -21,6 +21,15 @@ pub enum Change {
 }
 
 impl Change {
+    /// What the object that is applied is known by.
+    #[must_use]
+    pub fn key(&self) -> Option<Key> {
+        match self {
+            Self::Apply(object, _) => Some(object.key()),
+            Self::Delete(_) => None,
+        }
+    }
+
     /// The Node of this name, when it is what is applied.
     #[must_use]
     pub fn node(&self, name: &str) -> Option<&Node> {

@@ -219,13 +219,15 @@ impl Record {
         None
     }
 
-    /// Moves this life of the record to another state; nothing happens when the life is over.
-    pub(super) fn set_state(&self, seen: u64, state: State) {
-        let next = seen & !(7 << STATE) | (state as u64) << STATE;
-        if next != seen {
-            // Lost to another thread that moved it too, or to removal: either knows better.
-            let _ = self.meta.compare_exchange(seen, next, Relaxed, Relaxed);
-        }
+    /// Takes this life of the record one step on, from the state that it is in now: both ends may close at the same moment,
+    /// seen by two threads, and neither step may be lost. Nothing happens when the life is over.
+    pub(super) fn advance(&self, seen: u64, step: impl Fn(State) -> State) {
+        let next = |now: u64| {
+            let next = now & !(7 << STATE) | (step(state_of(now)) as u64) << STATE;
+            (same_life(now, seen) && next != now).then_some(next)
+        };
+        // An error means that there was nothing to change.
+        let _ = self.meta.fetch_update(Relaxed, Relaxed, next);
     }
 
     /// Counts a packet.

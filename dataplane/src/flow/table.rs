@@ -219,10 +219,9 @@ impl FlowTable {
         if tcp.ack {
             record.acknowledge(hit.direction, tcp.acknowledgement);
         }
-        let state = hit.state();
-        if tcp.rst || tcp.fin || state == State::Opening {
-            let next = state.after_tcp(hit.direction, tcp, record.expected(hit.direction));
-            record.set_state(hit.snapshot.meta, next);
+        if tcp.rst || tcp.fin || hit.state() == State::Opening {
+            let expected = record.expected(hit.direction);
+            record.advance(hit.snapshot.meta, |state| state.after_tcp(hit.direction, tcp, expected));
         }
     }
 
@@ -230,7 +229,7 @@ impl FlowTable {
     pub fn see_datagram(&self, hit: &Hit, bytes: usize, now_ms: u64) {
         let record = &self.records[hit.record as usize];
         record.count(hit.direction, bytes, now_ms as u32);
-        record.set_state(hit.snapshot.meta, hit.state().after_datagram(hit.direction));
+        record.advance(hit.snapshot.meta, |state| state.after_datagram(hit.direction));
     }
 
     /// Ends what was silent for too long, looking at up to `most` records; the next call goes on where this one stopped.
@@ -379,6 +378,20 @@ mod tests {
             frontend: FrontendKind::ClusterIp,
             state: State::Opening,
         }
+    }
+
+    #[test]
+    fn ends_that_close_at_the_same_moment_both_count() {
+        let table = FlowTable::new(16, Arc::new(Slots::new(1)), Vec::new(), 61000..=61999);
+        let request = table.open(&new_flow(1, 1), SourceChoice::Preserve, 0).expect("there is room");
+        let segment = |fin| Tcp { syn: false, ack: true, fin, rst: false, sequence: 1, acknowledgement: 1, length: 1 };
+        table.see_tcp(&request, &segment(false), 40, 0);
+        // Two packet threads find the flow established before either has seen its FIN.
+        let request = table.find(&new_flow(1, 1).request).expect("it is open");
+        let reply = table.find(&request.fields().reply(&[])).expect("replies find it");
+        table.see_tcp(&request, &segment(true), 40, 0);
+        table.see_tcp(&reply, &segment(true), 40, 0);
+        assert_eq!(table.find(&new_flow(1, 1).request).expect("it is open").state(), State::Closing);
     }
 
     /// Threads open, find and close flows of their own while all share one small, crowded index: what a thread opened it

@@ -21,11 +21,13 @@ pub enum Drop {
     NoPort,
     /// The node has no address of the family to masquerade with.
     NoMasqueradeAddress,
+    /// The endpoints that were tried are frontends of ours.
+    Loop,
     /// The kernel did not take the packet back.
     Write,
 }
 
-const COUNT: usize = 12;
+const COUNT: usize = 13;
 
 impl Drop {
     /// Every reason.
@@ -41,6 +43,7 @@ impl Drop {
         Self::TableFull,
         Self::NoPort,
         Self::NoMasqueradeAddress,
+        Self::Loop,
         Self::Write,
     ];
 
@@ -54,6 +57,7 @@ impl Drop {
             Self::TableFull => "flow_table_full",
             Self::NoPort => "no_masquerade_port",
             Self::NoMasqueradeAddress => "no_masquerade_address",
+            Self::Loop => "loop",
             Self::Write => "write",
         }
     }
@@ -67,7 +71,8 @@ impl Drop {
             Self::TableFull => 8,
             Self::NoPort => 9,
             Self::NoMasqueradeAddress => 10,
-            Self::Write => 11,
+            Self::Loop => 11,
+            Self::Write => 12,
         }
     }
 }

@@ -129,6 +129,11 @@ impl TableBuilder {
         true
     }
 
+    /// The table as it would be built now.
+    pub fn current(&self) -> &RoutingTable {
+        &self.table
+    }
+
     /// Frontends that more than one Service claims, sorted.
     pub fn conflicts(&self) -> Vec<Conflict> {
         let mut conflicts: Vec<Conflict> = Vec::new();
