@@ -6,7 +6,7 @@
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
-use super::memory::zeroed;
+use crate::memory::zeroed;
 use crate::net::Direction;
 
 const NUMBER_BITS: u32 = 22;

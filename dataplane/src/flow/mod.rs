@@ -2,13 +2,13 @@
 
 mod index;
 mod key;
-mod memory;
 mod record;
 mod state;
 mod table;
 mod view;
 
 pub use key::{Address, FlowKey};
+pub(crate) use record::Record;
 pub use record::{FlowFields, Source};
 pub use state::{State, Timeouts};
 pub use table::{FlowTable, Full, Hit, MEMORY_PER_FLOW, NewFlowRecord, SourceChoice};

@@ -41,8 +41,6 @@ pub struct FlowFields {
     pub endpoint_slot: EndpointSlot,
     /// Where the Service port's counters are.
     pub port_slot: PortSlot,
-    /// The endpoint's epoch when the flow opened, its last 16 bits.
-    pub epoch: u16,
     /// Kind of frontend that was dialled.
     pub frontend: FrontendKind,
     /// When it opened, in seconds of the caller's clock.
@@ -92,9 +90,9 @@ impl FlowFields {
 
 /// The record itself. 112 bytes; zeroed memory is a record that is not live.
 #[repr(C)]
-pub(super) struct Record {
+pub(crate) struct Record {
     /// From the lowest bit: live (1 bit), state (3), frontend kind (2), protocol (2), 1 + masquerade address or 0 when the
-    /// source is preserved (8), epoch (16), life number (32).
+    /// source is preserved (8), unused (16), life number (32).
     meta: AtomicU64,
     client: [AtomicU64; 2],
     frontend: [AtomicU64; 2],
@@ -117,7 +115,6 @@ const STATE: u32 = 1;
 const FRONTEND: u32 = 4;
 const PROTOCOL: u32 = 6;
 const SOURCE: u32 = 8;
-const EPOCH: u32 = 16;
 const LIFE: u32 = 32;
 const PROTOCOLS: [Protocol; 3] = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
 
@@ -167,15 +164,16 @@ impl Record {
         let protocol = PROTOCOLS.iter().position(|known| *known == fields.request.protocol).expect("all are listed");
         let life = (self.meta.load(Relaxed) >> LIFE).wrapping_add(1);
         let kind = (fields.frontend as u64) << FRONTEND | (protocol as u64) << PROTOCOL | address << SOURCE;
-        let meta = life << LIFE | u64::from(fields.epoch) << EPOCH | kind | (state as u64) << STATE | LIVE;
+        let meta = life << LIFE | kind | (state as u64) << STATE | LIVE;
         self.meta.store(meta, Release);
     }
 
-    /// Ends a record's life. Only for the holder of the table's lock.
-    pub(super) fn retire(&self) {
-        self.meta.store(self.meta.load(Relaxed) & !LIVE, Relaxed);
+    /// Ends a record's life and returns its last state. Only for the holder of the table's lock.
+    pub(super) fn retire(&self) -> State {
+        let last = self.meta.fetch_and(!LIVE, Relaxed);
         // Fields written by a later life stay behind this store for readers that load `meta` again.
         fence(Release);
+        state_of(last)
     }
 
     /// A consistent copy, or nothing when the record is not live or changed meanwhile.
@@ -210,7 +208,6 @@ impl Record {
                 source,
                 endpoint_slot: EndpointSlot(slots[0]),
                 port_slot: PortSlot(slots[1]),
-                epoch: (meta >> EPOCH) as u16,
                 frontend: *FrontendKind::ALL.get(usize::from((meta >> FRONTEND) as u8 & 3))?,
                 opened,
             };
@@ -219,13 +216,11 @@ impl Record {
         None
     }
 
-    /// Moves this life of the record to another state; nothing happens when the life is over.
-    pub(super) fn set_state(&self, seen: u64, state: State) {
+    /// Moves this life of the record to another state and returns whether it did. It does not when another thread moved it
+    /// too, or removed it: either knows better.
+    pub(super) fn set_state(&self, seen: u64, state: State) -> bool {
         let next = seen & !(7 << STATE) | (state as u64) << STATE;
-        if next != seen {
-            // Lost to another thread that moved it too, or to removal: either knows better.
-            let _ = self.meta.compare_exchange(seen, next, Relaxed, Relaxed);
-        }
+        next != seen && self.meta.compare_exchange(seen, next, Relaxed, Relaxed).is_ok()
     }
 
     /// Counts a packet.

@@ -9,9 +9,9 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::index::{Entry, Index, MAX_RECORDS};
-use super::memory::zeroed;
 use super::record::{FlowFields, Record, Snapshot, Source};
 use super::{Address, FlowKey, State, Timeouts};
+use crate::memory::zeroed;
 use crate::net::Direction;
 use crate::packet::view::Tcp;
 use crate::table::{EndpointSlot, FrontendKind, PortSlot, Slots};
@@ -182,14 +182,13 @@ impl FlowTable {
             source: Source::Preserved,
             endpoint_slot: new.endpoint_slot,
             port_slot: new.port_slot,
-            epoch: self.slots.epoch(new.endpoint_slot) as u16,
             frontend: new.frontend,
             opened: (now_ms / 1000) as u32,
         };
         if let SourceChoice::Masquerade(address) = source {
             fields.source = self.choose_port(&mut writer, fields, address)?;
         } else if let Some(other) = self.probe(&fields.reply(&self.masquerade)) {
-            if other.state() != State::Closing {
+            if !other.state().is_finished() {
                 return Err(Full::Collision);
             }
             self.end(&mut writer, &other);
@@ -222,7 +221,7 @@ impl FlowTable {
         let state = hit.state();
         if tcp.rst || tcp.fin || state == State::Opening {
             let next = state.after_tcp(hit.direction, tcp, record.expected(hit.direction));
-            record.set_state(hit.snapshot.meta, next);
+            self.move_to(hit, next);
         }
     }
 
@@ -230,7 +229,7 @@ impl FlowTable {
     pub fn see_datagram(&self, hit: &Hit, bytes: usize, now_ms: u64) {
         let record = &self.records[hit.record as usize];
         record.count(hit.direction, bytes, now_ms as u32);
-        record.set_state(hit.snapshot.meta, hit.state().after_datagram(hit.direction));
+        self.move_to(hit, hit.state().after_datagram(hit.direction));
     }
 
     /// Ends what was silent for too long, looking at up to `most` records; the next call goes on where this one stopped.
@@ -294,10 +293,21 @@ impl FlowTable {
             let hash = self.hash(&fields.key(direction, &self.masquerade));
             self.index.remove(hash, Entry { record: hit.record, direction }, |entry| self.hash_of(entry));
         }
-        record.retire();
+        if !record.retire().is_finished() {
+            self.slots.flow_finished(fields.endpoint_slot);
+        }
         writer.free.push(hit.record);
         writer.live -= 1;
-        self.slots.flow_closed(fields.endpoint_slot);
+        self.slots.flow_forgotten(fields.endpoint_slot);
+    }
+
+    /// Moves a flow to another state, unless somebody else has just done so.
+    fn move_to(&self, hit: &Hit, next: State) -> bool {
+        let moved = self.records[hit.record as usize].set_state(hit.snapshot.meta, next);
+        if moved && next.is_finished() && !hit.state().is_finished() {
+            self.slots.flow_finished(hit.fields().endpoint_slot);
+        }
+        moved
     }
 
     fn hash_of(&self, entry: Entry) -> u64 {
@@ -329,7 +339,7 @@ impl FlowTable {
     fn may_push_out(&self, hit: &Hit, now_ms: u32) -> bool {
         let idle = self.records[hit.record as usize].idle_ms(now_ms);
         match hit.state() {
-            State::Closing => true,
+            State::Closing | State::Reset => true,
             State::Opening | State::Unreplied => idle > UNANSWERED_VICTIM_MS,
             State::Established | State::HalfClosedByClient | State::HalfClosedByEndpoint | State::Replied => {
                 self.is_expired(hit, now_ms)
@@ -348,7 +358,7 @@ impl FlowTable {
             let source = Source::Masqueraded { address, port: (first + turn) as u16 };
             match self.probe(&FlowFields { source, ..fields }.reply(&self.masquerade)) {
                 None => return Ok(source),
-                Some(other) if closing.is_none() && other.state() == State::Closing => closing = Some((source, other)),
+                Some(other) if closing.is_none() && other.state().is_finished() => closing = Some((source, other)),
                 Some(_) => {}
             }
         }

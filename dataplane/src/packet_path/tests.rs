@@ -10,7 +10,7 @@ use super::{Action, Settings, Shared, Worker};
 use crate::net::{Family, Protocol};
 use crate::packet::view::{Packet, Transport};
 use crate::packet::vnet;
-use crate::table::{EndpointList, NodeSpec, PortSpec, ServiceName, ServiceSpec, TableBuilder};
+use crate::table::{EndpointList, EndpointSpec, NodeSpec, PortSpec, ServiceName, ServiceSpec, TableBuilder};
 
 const CLIENT: &str = "10.244.0.9:40000";
 const FRONTEND: &str = "10.96.0.10:80";
@@ -72,7 +72,8 @@ impl Path {
             cluster: list,
             local: EndpointList::default(),
             has_any_endpoint: !endpoints.is_empty(),
-            serving: addresses,
+            endpoints: addresses.into_iter().map(EndpointSpec::ready).collect(),
+            drain_timeout: Default::default(),
         };
         self.builder.set(ServiceSpec { name: ServiceName::new("a", "b"), created: None, ports: vec![port] });
         self.shared.publish(self.builder.build());

@@ -15,7 +15,7 @@ use crate::packet::{icmp, reply, rewrite, vnet};
 use crate::packet_path::drops::Drop;
 use crate::packet_path::shared::Shared;
 use crate::select::select;
-use crate::table::{Endpoint, RoutingTable};
+use crate::table::{Endpoint, RoutingTable, Standing};
 
 /// What to do with the packet that was handled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,10 +126,11 @@ impl Worker {
             return true;
         }
         match tcp {
-            Some(tcp) => !(tcp.syn && !tcp.ack && hit.state() == State::Closing),
+            Some(tcp) => !(tcp.syn && !tcp.ack && hit.state().is_finished()),
             None => {
-                let (fields, slots) = (hit.fields(), &self.shared.slots);
-                fields.request.protocol != Protocol::Udp || slots.epoch(fields.endpoint_slot) as u16 == fields.epoch
+                let fields = hit.fields();
+                let standing = self.shared.slots.endpoint(self.thread, fields.endpoint_slot).standing();
+                standing == Standing::Serves || fields.request.protocol != Protocol::Udp
             }
         }
     }

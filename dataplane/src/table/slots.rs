@@ -8,9 +8,10 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use crate::net::Direction;
 use crate::table::FrontendKind;
+use crate::table::directory::{Directory, Standing};
 
 const CHUNK: usize = 1024;
-const CHUNKS: usize = 4096;
+const CHUNKS: usize = 1024;
 
 /// Slot number of an endpoint of a Service port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -52,6 +53,14 @@ pub struct EndpointCounters {
     pub bytes: [AtomicU64; 2],
     /// Packets, by direction (a segmentation-offloaded packet counts once).
     pub packets: [AtomicU64; 2],
+    /// Not counted: a copy of what a packet must know of the endpoint, where it is looked at anyway.
+    standing: AtomicU32,
+}
+
+impl EndpointCounters {
+    pub(crate) fn standing(&self) -> Standing {
+        Standing::from_number(self.standing.load(Relaxed))
+    }
 }
 
 /// What one thread counted for one Service port. Cache lines of its own. Bytes and packets stand here too, since endpoints
@@ -69,17 +78,6 @@ pub struct PortCounters {
     pub bytes: [AtomicU64; 2],
     /// Packets, by direction (a segmentation-offloaded packet counts once).
     pub packets: [AtomicU64; 2],
-}
-
-/// State that all threads share of one endpoint.
-#[derive(Default)]
-struct EndpointShared {
-    /// Flows that are open now.
-    active: AtomicU32,
-    /// Grows when the endpoint is gone: UDP flows of an older epoch end.
-    epoch: AtomicU32,
-    /// Masquerade ports tried so far: the next one is tried first.
-    source_ports: AtomicU32,
 }
 
 /// Sums over all threads for a Service port.
@@ -116,9 +114,7 @@ struct ThreadSlots {
 /// All slots. Shared by the packet threads, the table builder and whoever reads counters.
 pub struct Slots {
     threads: Box<[ThreadSlots]>,
-    endpoints: Slab<EndpointShared>,
-    /// Round-robin positions by Service port.
-    cursors: Slab<AtomicU32>,
+    pub(super) directory: Directory,
 }
 
 impl Slots {
@@ -128,7 +124,7 @@ impl Slots {
     /// Slots for this many counting threads.
     pub fn new(threads: usize) -> Self {
         let thread = || ThreadSlots { endpoints: Slab::new(), ports: Slab::new() };
-        Self { threads: (0..threads).map(|_| thread()).collect(), endpoints: Slab::new(), cursors: Slab::new() }
+        Self { threads: (0..threads).map(|_| thread()).collect(), directory: Directory::new() }
     }
 
     /// Number of counting threads.
@@ -146,39 +142,40 @@ impl Slots {
         self.threads[thread].ports.get(slot.0)
     }
 
-    /// Flows open on the endpoint now.
+    /// Flows open on the endpoint now; closing ones do not count.
     pub fn active(&self, slot: EndpointSlot) -> u32 {
-        self.endpoints.get(slot.0).active.load(Relaxed)
+        self.entry(slot).active.load(Relaxed)
+    }
+
+    /// Flow records of the endpoint, those of closing flows too.
+    pub fn held(&self, slot: EndpointSlot) -> u32 {
+        self.entry(slot).held.load(Relaxed)
     }
 
     /// A flow opened on the endpoint.
     pub fn flow_opened(&self, slot: EndpointSlot) {
-        self.endpoints.get(slot.0).active.fetch_add(1, Relaxed);
+        self.entry(slot).active.fetch_add(1, Relaxed);
+        self.entry(slot).held.fetch_add(1, Relaxed);
     }
 
-    /// A flow of the endpoint ended.
-    pub fn flow_closed(&self, slot: EndpointSlot) {
-        self.endpoints.get(slot.0).active.fetch_sub(1, Relaxed);
+    /// A flow of the endpoint is closing, or is about to be forgotten without having closed.
+    pub fn flow_finished(&self, slot: EndpointSlot) {
+        self.entry(slot).active.fetch_sub(1, Relaxed);
     }
 
-    /// The epoch that a new flow of the endpoint belongs to.
-    pub fn epoch(&self, slot: EndpointSlot) -> u32 {
-        self.endpoints.get(slot.0).epoch.load(Relaxed)
-    }
-
-    /// The endpoint no longer serves: its UDP flows end at their next packet.
-    pub fn end_epoch(&self, slot: EndpointSlot) {
-        self.endpoints.get(slot.0).epoch.fetch_add(1, Relaxed);
+    /// The record of a finished flow is free again.
+    pub fn flow_forgotten(&self, slot: EndpointSlot) {
+        self.entry(slot).held.fetch_sub(1, Relaxed);
     }
 
     /// Next position in the range of masquerade ports towards an endpoint.
     pub fn next_source_port(&self, slot: EndpointSlot) -> u32 {
-        self.endpoints.get(slot.0).source_ports.fetch_add(1, Relaxed)
+        self.entry(slot).source_ports.fetch_add(1, Relaxed)
     }
 
     /// Next round-robin position of a Service port.
     pub fn next_turn(&self, slot: PortSlot) -> u32 {
-        self.cursors.get(slot.0).fetch_add(1, Relaxed)
+        self.directory.ports[slot.0 as usize].cursor.fetch_add(1, Relaxed)
     }
 
     /// Sums for an endpoint.
@@ -211,17 +208,30 @@ impl Slots {
         sum
     }
 
-    /// Zeroes an endpoint's cells before the slot serves another endpoint. No flow may hold the slot.
-    pub(super) fn clear_endpoint(&self, slot: EndpointSlot) {
+    /// Tells every thread what packets must know of the endpoint.
+    pub(super) fn set_standing(&self, slot: EndpointSlot, standing: Standing) {
+        for thread in &self.threads {
+            thread.endpoints.get(slot.0).standing.store(standing as u32, Relaxed);
+        }
+    }
+
+    pub(super) fn clear_cells(&self, slot: EndpointSlot) {
         for cells in self.threads.iter().filter_map(|thread| thread.endpoints.peek(slot.0)) {
             for cell in std::iter::once(&cells.opened).chain(&cells.bytes).chain(&cells.packets) {
                 cell.store(0, Relaxed);
             }
+            cells.standing.store(Standing::Serves as u32, Relaxed);
         }
+    }
+
+    /// Gives a slot to a Service port.
+    pub(super) fn assign_port(&self, slot: PortSlot, identity: u64) {
+        self.directory.ports[slot.0 as usize].identity.store(identity, Relaxed);
     }
 
     /// Zeroes a Service port's cells before the slot serves another one.
     pub(super) fn clear_port(&self, slot: PortSlot) {
+        self.assign_port(slot, 0);
         for cells in self.threads.iter().filter_map(|thread| thread.ports.peek(slot.0)) {
             let traffic = cells.bytes.iter().chain(&cells.packets);
             for cell in cells.opened.iter().chain([&cells.rejected, &cells.dropped]).chain(traffic) {
