@@ -1,5 +1,6 @@
 //! The flow table: every connection and conversation that is balanced now, found by the packets of either direction.
 
+mod drain;
 mod index;
 mod key;
 mod record;
@@ -7,6 +8,7 @@ mod state;
 mod table;
 mod view;
 
+pub use drain::{Ended, Progress, Reset};
 pub use key::{Address, FlowKey};
 pub(crate) use record::Record;
 pub use record::{FlowFields, Source};

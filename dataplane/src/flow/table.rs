@@ -8,6 +8,7 @@ use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::drain::EndedCounters;
 use super::index::{Entry, Index, MAX_RECORDS};
 use super::record::{FlowFields, Record, Snapshot, Source};
 use super::{Address, FlowKey, State, Timeouts};
@@ -106,6 +107,7 @@ pub struct FlowTable {
     hasher: ahash::RandomState,
     writer: Mutex<Writer>,
     evictions: AtomicU64,
+    ended: EndedCounters,
     slots: Arc<Slots>,
     timeouts: Timeouts,
     masquerade: Vec<Address>,
@@ -123,6 +125,7 @@ impl FlowTable {
             hasher: ahash::RandomState::new(),
             writer: Mutex::new(Writer { free: Vec::new(), used: 0, live: 0, hand: 0 }),
             evictions: AtomicU64::new(0),
+            ended: EndedCounters::default(),
             slots,
             timeouts: Timeouts::default(),
             masquerade,
@@ -219,6 +222,10 @@ impl FlowTable {
             record.acknowledge(hit.direction, tcp.acknowledgement);
         }
         let state = hit.state();
+        if state == State::Opening && tcp.syn {
+            // What the other end is about to ask for: enough to reset a connection that is not established yet.
+            record.acknowledge(hit.direction.reverse(), tcp.sequence.wrapping_add(1));
+        }
         if tcp.rst || tcp.fin || state == State::Opening {
             let next = state.after_tcp(hit.direction, tcp, record.expected(hit.direction));
             self.move_to(hit, next);
@@ -273,7 +280,28 @@ impl FlowTable {
         })
     }
 
-    fn hit(&self, record: u32) -> Option<Hit> {
+    pub(super) fn slots(&self) -> &Slots {
+        &self.slots
+    }
+
+    pub(super) fn ended_counters(&self) -> &EndedCounters {
+        &self.ended
+    }
+
+    /// The same life of the flow as it is now, unless it is over.
+    pub(super) fn again(&self, hit: &Hit) -> Option<Hit> {
+        let now = self.hit(hit.record)?;
+        (now.snapshot.meta >> 32 == hit.snapshot.meta >> 32).then_some(Hit { direction: hit.direction, ..now })
+    }
+
+    /// The acknowledgement numbers last sent with packets of this direction, and against it; 0 where none was.
+    pub(super) fn last_acknowledged(&self, hit: &Hit, direction: Direction) -> (u32, u32) {
+        let record = &self.records[hit.record as usize];
+        let number = |direction: Direction| record.expected(direction.reverse()).unwrap_or(0);
+        (number(direction), number(direction.reverse()))
+    }
+
+    pub(super) fn hit(&self, record: u32) -> Option<Hit> {
         let snapshot = self.records[record as usize].read()?;
         Some(Hit { record, snapshot, direction: Direction::Request })
     }
@@ -302,7 +330,7 @@ impl FlowTable {
     }
 
     /// Moves a flow to another state, unless somebody else has just done so.
-    fn move_to(&self, hit: &Hit, next: State) -> bool {
+    pub(super) fn move_to(&self, hit: &Hit, next: State) -> bool {
         let moved = self.records[hit.record as usize].set_state(hit.snapshot.meta, next);
         if moved && next.is_finished() && !hit.state().is_finished() {
             self.slots.flow_finished(hit.fields().endpoint_slot);

@@ -21,11 +21,13 @@ pub enum Drop {
     NoPort,
     /// The node has no address of the family to masquerade with.
     NoMasqueradeAddress,
+    /// It belongs to a flow whose endpoint is gone, and asks for no answer.
+    EndpointGone,
     /// The kernel did not take the packet back.
     Write,
 }
 
-const COUNT: usize = 12;
+const COUNT: usize = 13;
 
 impl Drop {
     /// Every reason.
@@ -41,6 +43,7 @@ impl Drop {
         Self::TableFull,
         Self::NoPort,
         Self::NoMasqueradeAddress,
+        Self::EndpointGone,
         Self::Write,
     ];
 
@@ -54,6 +57,7 @@ impl Drop {
             Self::TableFull => "flow_table_full",
             Self::NoPort => "no_masquerade_port",
             Self::NoMasqueradeAddress => "no_masquerade_address",
+            Self::EndpointGone => "endpoint_gone",
             Self::Write => "write",
         }
     }
@@ -67,7 +71,8 @@ impl Drop {
             Self::TableFull => 8,
             Self::NoPort => 9,
             Self::NoMasqueradeAddress => 10,
-            Self::Write => 11,
+            Self::EndpointGone => 11,
+            Self::Write => 12,
         }
     }
 }

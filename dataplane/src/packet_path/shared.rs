@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 
-use crate::flow::{Address, FlowTable, FlowView};
+use crate::flow::{Address, Ended, FlowTable, FlowView};
 use crate::packet_path::drops::{Drop, Drops};
 use crate::select::Affinity;
 use crate::table::{RoutingTable, Slots};
@@ -81,6 +81,11 @@ impl Shared {
     /// Flows pushed out of a full table so far.
     pub fn evictions(&self) -> u64 {
         self.flows.evictions()
+    }
+
+    /// Flows ended so far because their endpoints were gone.
+    pub fn ended(&self) -> Ended {
+        self.flows.ended()
     }
 
     /// Packets dropped so far, by reason label.

@@ -1,4 +1,4 @@
-//! The loop: one plain thread a queue, and one that sweeps expired flows.
+//! The loops: one plain thread a queue, and one for the keeper.
 #![expect(unsafe_code, reason = "a signal wakes a thread from its read")]
 
 use std::io;
@@ -12,21 +12,19 @@ use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction
 use nix::time::{ClockId, clock_gettime};
 
 use crate::packet_path::drops::Drop as DropReason;
+use crate::packet_path::keeper::Keeper;
 use crate::packet_path::shared::Shared;
-use crate::packet_path::tun::{FRAME_LIMIT, Queue, Tun};
+use crate::packet_path::tun::{FRAME_LIMIT, Queue, Sender, Tun};
 use crate::packet_path::worker::{Action, Worker};
 
 /// Interrupts a blocking read; ignored by everything that does not ask for it.
 const WAKE: Signal = Signal::SIGURG;
-/// A flow is looked at by the sweep once in this many rounds.
-const SWEEP_ROUNDS: usize = 4;
-const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
-/// Records swept under one hold of the flow table's lock.
-const SWEEP_STEP: usize = 256;
+/// Between two rounds of the keeper: how long an endpoint's end takes to reach its flows, at most.
+const ROUND: Duration = Duration::from_millis(20);
 
-/// Milliseconds of the monotonic clock, some behind: the coarse clock costs a few nanoseconds.
+/// Milliseconds of the monotonic clock, some behind: the coarse clock costs a few nanoseconds. Deadlines are in its terms.
 #[expect(clippy::disallowed_methods, reason = "the one place where the packet path learns the time")]
-pub(super) fn now_ms() -> u64 {
+pub fn now_ms() -> u64 {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE).expect("Linux has this clock");
     now.tv_sec() as u64 * 1000 + now.tv_nsec() as u64 / 1_000_000
 }
@@ -46,13 +44,17 @@ impl PacketPath {
         unsafe { sigaction(WAKE, &action) }?;
         let stop = Arc::new(AtomicBool::new(false));
         let mut path = Self { stop, threads: Vec::new() };
-        for (number, queue) in tun.into_queues().into_iter().enumerate() {
+        let queues = tun.into_queues();
+        let out = queues.first().map(Queue::sender).transpose()?;
+        for (number, queue) in queues.into_iter().enumerate() {
             let (worker, stop) = (Worker::new(Arc::clone(&shared), number), Arc::clone(&path.stop));
             let drops = Arc::clone(&shared);
             path.spawn(format!("packets-{number}"), move || run(queue, worker, &drops, number, &stop))?;
         }
         let stop = Arc::clone(&path.stop);
-        path.spawn("sweep".to_owned(), move || sweep(&shared, &stop))?;
+        if let Some(out) = out {
+            path.spawn("keeper".to_owned(), move || keep(out, shared, &stop))?;
+        }
         Ok(path)
     }
 
@@ -115,15 +117,16 @@ fn run(mut queue: Queue, mut worker: Worker, shared: &Shared, thread: usize, sto
     }
 }
 
-fn sweep(shared: &Shared, stop: &AtomicBool) {
-    while !stop.load(Relaxed) {
-        std::thread::park_timeout(SWEEP_INTERVAL);
-        let mut left = shared.flows.used().div_ceil(SWEEP_ROUNDS);
-        while left > 0 && !stop.load(Relaxed) {
-            let step = left.min(SWEEP_STEP);
-            shared.flows.sweep(now_ms(), step);
-            left -= step;
+fn keep(mut out: Sender, shared: Arc<Shared>, stop: &AtomicBool) {
+    let mut keeper = Keeper::new(Arc::clone(&shared));
+    let mut send = |frame: &[u8]| {
+        if out.send(frame).is_err() {
+            shared.drops[0].count(DropReason::Write);
         }
-        shared.affinity.sweep(now_ms());
+    };
+    while !stop.load(Relaxed) {
+        if !keeper.round(now_ms(), &mut send) {
+            std::thread::park_timeout(ROUND);
+        }
     }
 }

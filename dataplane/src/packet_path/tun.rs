@@ -76,11 +76,27 @@ impl Queue {
         Ok(Self(file))
     }
 
+    /// A way to send through the queue from another thread.
+    pub(super) fn sender(&self) -> io::Result<Sender> {
+        self.0.try_clone().map(Sender)
+    }
+
     /// Waits for a frame.
     pub(super) fn read(&mut self, frame: &mut [u8]) -> io::Result<usize> {
         self.0.read(frame)
     }
 
+    /// Hands a frame to the kernel, which routes it.
+    pub(super) fn send(&mut self, frame: &[u8]) -> io::Result<()> {
+        self.0.write(frame).map(|_| ())
+    }
+}
+
+/// Sends through a queue and never reads it: for threads other than the queue's own.
+#[derive(Debug)]
+pub(super) struct Sender(File);
+
+impl Sender {
     /// Hands a frame to the kernel, which routes it.
     pub(super) fn send(&mut self, frame: &[u8]) -> io::Result<()> {
         self.0.write(frame).map(|_| ())

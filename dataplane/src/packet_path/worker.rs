@@ -89,19 +89,17 @@ impl Worker {
         now_ms: u64,
     ) -> Result<Action, Drop> {
         let key = packet.key(protocol);
-        let hit = match self.shared.flows.find(&key) {
-            Some(hit) if self.goes_on(&hit, tcp) => hit,
-            Some(over) => {
-                self.shared.flows.close(&over);
+        let found = self.shared.flows.find(&key);
+        let hit = match found.map(|hit| (self.standing(&hit, tcp), hit)) {
+            Some((Stands::GoesOn, hit)) => hit,
+            Some((Stands::Ended, _)) => return self.answer_ended(bytes, packet, tcp),
+            over => {
+                over.inspect(|(_, over)| self.shared.flows.close(over));
                 match self.open(bytes, packet, &key, tcp, now_ms)? {
                     Opened::Flow(hit) => hit,
                     Opened::Not(action) => return Ok(action),
                 }
             }
-            None => match self.open(bytes, packet, &key, tcp, now_ms)? {
-                Opened::Flow(hit) => hit,
-                Opened::Not(action) => return Ok(action),
-            },
         };
         let flows = &self.shared.flows;
         rewrite::rewrite(bytes, packet, partial, &hit.fields().translation(hit.direction, flows.masquerade()));
@@ -119,19 +117,34 @@ impl Worker {
         Ok(Action::Send)
     }
 
-    /// Whether the packet belongs to this life of the flow: a SYN on a finished one begins a new flow, and so does a
-    /// datagram to an endpoint that is gone.
-    fn goes_on(&self, hit: &Hit, tcp: Option<Tcp>) -> bool {
-        if hit.direction == Direction::Reply {
-            return true;
-        }
-        match tcp {
-            Some(tcp) => !(tcp.syn && !tcp.ack && hit.state().is_finished()),
-            None => {
-                let fields = hit.fields();
-                let standing = self.shared.slots.endpoint(self.thread, fields.endpoint_slot).standing();
-                standing == Standing::Serves || fields.request.protocol != Protocol::Udp
+    /// How the flow stands to a packet of it. A SYN on a finished flow begins a new one, and so does a datagram to an
+    /// endpoint that no longer serves; a connection to an endpoint that is gone is over.
+    fn standing(&self, hit: &Hit, tcp: Option<Tcp>) -> Stands {
+        let fields = hit.fields();
+        let endpoint = self.shared.slots.endpoint(self.thread, fields.endpoint_slot).standing();
+        match (tcp, hit.direction) {
+            (Some(tcp), direction) => {
+                let begins = direction == Direction::Request && tcp.syn && !tcp.ack;
+                let ended = endpoint == Standing::Gone || hit.state() == State::Reset;
+                match (begins, ended) {
+                    (true, _) if ended || hit.state().is_finished() => Stands::Over,
+                    (false, true) => Stands::Ended,
+                    (_, _) => Stands::GoesOn,
+                }
             }
+            (None, Direction::Reply) => Stands::GoesOn,
+            (None, Direction::Request) => match (endpoint, fields.request.protocol) {
+                (Standing::Gone, _) | (Standing::NoDatagrams, Protocol::Udp) => Stands::Over,
+                (Standing::Serves | Standing::NoDatagrams, _) => Stands::GoesOn,
+            },
+        }
+    }
+
+    /// Answers a segment of a flow that we ended, or are about to end: not a byte of it goes on.
+    fn answer_ended(&mut self, bytes: &[u8], packet: &Packet, tcp: Option<Tcp>) -> Result<Action, Drop> {
+        match tcp {
+            Some(tcp) if !tcp.rst => refuse(bytes, packet, &mut self.answer[..]),
+            Some(_) | None => Err(Drop::EndpointGone),
         }
     }
 
@@ -196,6 +209,10 @@ impl Worker {
         let flows = &self.shared.flows;
         let hit = quoted.protocol().and_then(|protocol| flows.find(&icmp::key_of_receiver(&quoted, protocol)));
         if let Some(hit) = hit {
+            let endpoint = self.shared.slots.endpoint(self.thread, hit.fields().endpoint_slot);
+            if endpoint.standing() == Standing::Gone || hit.state() == State::Reset {
+                return Err(Drop::EndpointGone);
+            }
             let translation = hit.fields().translation(hit.direction, flows.masquerade());
             icmp::translate(bytes, packet, &quoted, &translation);
             return Ok(Action::Send);
@@ -215,6 +232,15 @@ impl Worker {
             Verdict::Reject | Verdict::Forward { .. } => refuse(bytes, packet, &mut self.answer[..]),
         }
     }
+}
+
+/// How a flow stands to a packet of it.
+enum Stands {
+    GoesOn,
+    /// The packet begins another flow.
+    Over,
+    /// The packet goes nowhere.
+    Ended,
 }
 
 /// How the first packet of a flow ended.
@@ -261,7 +287,7 @@ fn refuse(bytes: &[u8], packet: &Packet, answer: &mut [u8]) -> Result<Action, Dr
     vnet::plain(header);
     let length = match packet.transport {
         Transport::Tcp(tcp) if tcp.rst => return Err(Drop::NoFlow),
-        Transport::Tcp(tcp) => reply::reset(packet, &tcp, out),
+        Transport::Tcp(tcp) => reply::answering_reset(packet, &tcp, out),
         Transport::Udp | Transport::Sctp | Transport::Icmp(_) | Transport::Fragment | Transport::Other => {
             reply::port_unreachable(bytes, packet, out)
         }
