@@ -45,6 +45,7 @@ impl Lab {
             masquerade_addresses: NODES.map(|node| node.parse().unwrap()).to_vec(),
             masquerade_ports: 61000..=65534,
             seed: 1,
+            ..Settings::default()
         };
         let shared = Shared::new(settings);
         let mut builder = TableBuilder::new(Arc::clone(&shared.slots));
@@ -83,6 +84,7 @@ impl Lab {
             cluster: list,
             local: EndpointList::default(),
             endpoints: endpoints.to_vec(),
+            retry: true,
             drain_timeout: Default::default(),
         };
         self.builder.set(ServiceSpec { name: ServiceName::new("ns", vip), created: None, ports: vec![port] });

@@ -3,13 +3,14 @@
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 
 use crate::flow::{Address, Ended, FlowTable, FlowView};
 use crate::packet_path::drops::{Drop, Drops};
-use crate::select::Affinity;
-use crate::table::{RoutingTable, Slots};
+use crate::select::{Affinity, Selection};
+use crate::table::{EndpointSlot, RoutingTable, Slots};
 
 /// Settings of a packet path, fixed for its life.
 #[derive(Clone, Debug)]
@@ -24,6 +25,24 @@ pub struct Settings {
     pub masquerade_ports: RangeInclusive<u16>,
     /// Seed of endpoint selection.
     pub seed: u64,
+    /// How long an endpoint that enters its list is new: it gets fewer flows under least-connections. Zero: never.
+    pub slow_start: Duration,
+    /// Failed opens in a row that eject an endpoint; 0 = none do.
+    pub eject_after: u16,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            workers: 1,
+            flow_capacity: 1 << 20,
+            masquerade_addresses: Vec::new(),
+            masquerade_ports: 61000..=65534,
+            seed: 0,
+            slow_start: Duration::from_secs(10),
+            eject_after: 5,
+        }
+    }
 }
 
 /// Shared state of a packet path.
@@ -81,6 +100,12 @@ impl Shared {
     /// Flows pushed out of a full table so far.
     pub fn evictions(&self) -> u64 {
         self.flows.evictions()
+    }
+
+    /// What selection goes by now.
+    pub(super) fn selection<'s>(&'s self, now_ms: u64, avoid: &'s [EndpointSlot]) -> Selection<'s> {
+        let slow_start_ms = self.settings.slow_start.as_millis() as u64;
+        Selection { slots: &self.slots, now_ms, slow_start_ms, avoid }
     }
 
     /// Flows ended so far because their endpoints were gone.

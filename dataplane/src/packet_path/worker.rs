@@ -182,7 +182,11 @@ impl Worker {
                 let sticky = frontend.port.affinity.map(|timeout| (timeout, key.source));
                 let chosen = sticky
                     .and_then(|(_, client)| shared.affinity.recall(slot, client, endpoints, now_ms))
-                    .unwrap_or_else(|| select(frontend.port.balancing, slot, endpoints, &shared.slots, &mut self.rng));
+                    .or_else(|| {
+                        let selection = shared.selection(now_ms, &[]);
+                        select(frontend.port.balancing, slot, endpoints, &selection, &mut self.rng)
+                    })
+                    .ok_or(Drop::Rule)?;
                 let new = NewFlowRecord {
                     request: *key,
                     endpoint: endpoints[chosen].address,

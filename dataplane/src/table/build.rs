@@ -40,6 +40,8 @@ pub struct TableBuilder {
 struct Owned {
     spec: ServiceSpec,
     frontends: Vec<FrontendKey>,
+    /// Endpoints that are in a list.
+    listed: AHashSet<EndpointSlot>,
 }
 
 impl TableBuilder {
@@ -111,6 +113,15 @@ impl TableBuilder {
         let seniority = (spec.created.unwrap_or(i64::MAX), spec.name.clone());
         // New claims and slots come first, so that what stays keeps its slot.
         let ports: Vec<Arc<ServicePort>> = spec.ports.iter().map(|port| self.port(&spec, port)).collect();
+        let listed = listed(&ports);
+        let was_listed = old.as_ref().map(|old| &old.listed);
+        for slot in &listed {
+            // After a restart nothing is known of the last lists: who was in one then is not new.
+            let is_new = was_listed.map_or(!self.slots.has_entered(*slot), |before| !before.contains(slot));
+            if is_new {
+                self.slots.enter(*slot);
+            }
+        }
         if let Some(old) = old {
             self.withdraw(&old, Some(&spec));
         }
@@ -122,7 +133,7 @@ impl TableBuilder {
                 frontends.push(key);
             }
         }
-        self.services.insert(spec.name.clone(), Owned { spec, frontends });
+        self.services.insert(spec.name.clone(), Owned { spec, frontends, listed });
         true
     }
 
@@ -196,6 +207,7 @@ impl TableBuilder {
             external_policy: port.external_policy,
             affinity: port.affinity,
             balancing: port.balancing,
+            retry: port.retry,
             cluster: pick(&endpoints, &port.cluster),
             local: pick(&endpoints, &port.local),
             has_any_endpoint: port.has_any_endpoint,
@@ -302,6 +314,12 @@ fn endpoints_of(port: &PortSpec) -> impl Iterator<Item = EndpointSpec> {
     port.endpoints.iter().copied().chain(only_listed)
 }
 
+/// The endpoints that new flows may get.
+fn listed(ports: &[Arc<ServicePort>]) -> AHashSet<EndpointSlot> {
+    let lists = ports.iter().flat_map(|port| [&port.cluster.list, &port.local.list]);
+    lists.flat_map(|list| list.iter().map(|endpoint| endpoint.slot)).collect()
+}
+
 fn pick(endpoints: &AHashMap<SocketAddr, Endpoint>, list: &EndpointList) -> Endpoints {
     let list_of = list.addresses.iter().filter_map(|address| endpoints.get(address).cloned()).collect();
     Endpoints { list: list_of, why: list.why.as_str().into() }
@@ -343,6 +361,7 @@ mod tests {
             local: EndpointList::default(),
             has_any_endpoint: !addresses.is_empty(),
             endpoints: addresses.into_iter().map(EndpointSpec::ready).collect(),
+            retry: true,
             drain_timeout: Default::default(),
         };
         ServiceSpec { name: ServiceName::new("ns", name), created: Some(created), ports: vec![port] }

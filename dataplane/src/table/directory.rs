@@ -102,6 +102,11 @@ pub struct LifeEvent {
 pub enum LifeChange {
     /// It is in this phase of its life now.
     Became(Life),
+    /// Too many opens failed in a row: no new flows for a while.
+    Ejected {
+        /// For how long.
+        interval: Duration,
+    },
     /// It drains, and its last flow has ended.
     Drained {
         /// Since it began to drain.
@@ -117,6 +122,8 @@ const EVENTS: usize = 4096;
 struct Watch {
     /// Endpoints that drain or are gone, and whether that they are drained was told.
     leaving: AHashMap<EndpointSlot, bool>,
+    /// Endpoints that entered their list since the last look at the clock.
+    entered: Vec<EndpointSlot>,
     events: VecDeque<LifeEvent>,
 }
 
@@ -186,6 +193,22 @@ impl Slots {
         self.become_now(&mut watch, slot, life.seen(condition, drain));
     }
 
+    /// The endpoint enters its list: it is new.
+    pub(crate) fn enter(&self, slot: EndpointSlot) {
+        self.entry(slot).entered.store(0, Relaxed);
+        self.directory.lock().entered.push(slot);
+    }
+
+    /// Whether the endpoint has been in a list for long enough for the clock to know.
+    pub(super) fn has_entered(&self, slot: EndpointSlot) -> bool {
+        self.entry(slot).entered.load(Relaxed) != 0
+    }
+
+    /// Notes an event for whoever asks.
+    pub(super) fn tell(&self, slot: EndpointSlot, change: LifeChange) {
+        self.directory.lock().tell(slot, change, self.active(slot));
+    }
+
     /// The endpoint is in its slices no more.
     pub(super) fn leave(&self, slot: EndpointSlot) {
         let mut watch = self.directory.lock();
@@ -200,6 +223,9 @@ impl Slots {
     /// Moves lives on. Returns whether an endpoint is gone that still has flows.
     pub(crate) fn tick(&self, now_ms: u64) -> bool {
         let mut watch = self.directory.lock();
+        for slot in std::mem::take(&mut watch.entered) {
+            self.entry(slot).entered.store(now_ms.max(1), Relaxed);
+        }
         let mut flows_to_end = false;
         let leaving: Vec<(EndpointSlot, bool)> = watch.leaving.iter().map(|(slot, told)| (*slot, *told)).collect();
         for (slot, told) in leaving {
@@ -267,6 +293,7 @@ impl LifeChange {
             Self::Became(Life::Gone(Cause::Terminated)) => "terminated",
             Self::Became(Life::Gone(Cause::Deadline)) => "deadline",
             Self::Became(life) => life.name(),
+            Self::Ejected { .. } => "ejected",
             Self::Drained { .. } => "drained",
         }
     }

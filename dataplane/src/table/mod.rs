@@ -4,6 +4,7 @@
 
 mod build;
 mod directory;
+mod ejection;
 mod identity;
 pub mod lifecycle;
 mod slots;
@@ -132,6 +133,8 @@ pub struct ServicePort {
     pub affinity: Option<Duration>,
     /// Endpoint selection.
     pub balancing: Balancing,
+    /// A new connection that its endpoint does not take is tried at another.
+    pub retry: bool,
     /// Endpoints under policy Cluster.
     pub cluster: Endpoints,
     /// Endpoints under policy Local.

@@ -145,6 +145,8 @@ pub struct PortSpec {
     pub has_any_endpoint: bool,
     /// Every endpoint that the slices name, whatever lists it is in. One that is in a list only counts as ready.
     pub endpoints: Vec<EndpointSpec>,
+    /// A new connection that its endpoint does not take is tried at another.
+    pub retry: bool,
     /// How long an endpoint that leaves the slices, without having been terminating, keeps its flows.
     pub drain_timeout: DrainTimeout,
 }

@@ -41,6 +41,7 @@ impl Path {
             masquerade_addresses: vec![NODE.parse().unwrap(), "fd00::1".parse().unwrap()],
             masquerade_ports: 61000..=61003,
             seed: 1,
+            ..Settings::default()
         };
         let shared = Shared::new(settings);
         let mut builder = TableBuilder::new(Arc::clone(&shared.slots));
@@ -85,6 +86,7 @@ impl Path {
             local: EndpointList::default(),
             has_any_endpoint: !endpoints.is_empty(),
             endpoints,
+            retry: true,
             drain_timeout: DrainTimeout::After(Duration::from_secs(60)),
         };
         self.builder.set(ServiceSpec { name: ServiceName::new("a", "b"), created: None, ports: vec![port] });
