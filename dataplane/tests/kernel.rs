@@ -1,4 +1,5 @@
 //! The packet path against the kernel's own sockets: a namespace with a TUN link, clients and endpoints in it.
+#![allow(clippy::unwrap_used)]
 #![expect(clippy::disallowed_methods, reason = "the tests measure time")]
 
 use std::io::{ErrorKind, Read, Write};
@@ -11,7 +12,7 @@ use nix::sched::{CloneFlags, unshare};
 use sluice_dataplane::net::{Family, Protocol};
 use sluice_dataplane::packet_path::{PacketPath, Settings, Shared, Tun};
 use sluice_dataplane::table::{
-    Condition, EndpointList, EndpointSpec, NodeSpec, PortSpec, ServiceName, ServiceSpec, TableBuilder, Uid,
+    Balancing, Condition, EndpointList, EndpointSpec, NodeSpec, PortSpec, ServiceName, ServiceSpec, TableBuilder, Uid,
 };
 
 const VIPS: [&str; 2] = ["10.96.0.10", "fd00:96::10"];
@@ -38,6 +39,7 @@ impl Lab {
         }
         // An endpoint that never answers.
         ip("route add blackhole 10.244.9.0/24");
+        ip("route add unreachable 10.244.8.0/24");
         std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
         let settings = Settings {
             workers: 2,
@@ -79,7 +81,7 @@ impl Lab {
             internal_policy: Default::default(),
             external_policy: Default::default(),
             affinity: None,
-            balancing: Default::default(),
+            balancing: Balancing::RoundRobin,
             has_any_endpoint: !list.addresses.is_empty(),
             cluster: list,
             local: EndpointList::default(),
@@ -189,6 +191,11 @@ fn both_ends_learn_at_once_that_an_endpoint_is_gone() {
         assert!(slowest < Duration::from_secs(1), "{slowest:?}");
         eprintln!("{vip}: all reset within {slowest:?}");
     }
+    // Packet threads answer at once; the keeper, who counts, comes round some milliseconds later.
+    let since = Instant::now();
+    while lab.shared.ended().terminated < 10 && since.elapsed() < Duration::from_secs(1) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
     assert_eq!(lab.shared.ended().terminated, 10);
 }
 
@@ -204,4 +211,30 @@ fn a_client_that_waits_for_an_answer_learns_it_too() {
     let error = client.join().unwrap().expect_err("nobody answers");
     assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{error}");
     assert!(since.elapsed() < Duration::from_secs(1), "{:?}", since.elapsed());
+}
+
+/// Two of three endpoints do not take connections; the third does. Nobody notices, but for the one that must be waited for.
+#[test]
+fn new_connections_find_the_endpoint_that_takes_them() {
+    let Some(mut lab) = Lab::new() else { return };
+    let listener = TcpListener::bind(format_socket(PODS[0], 0)).unwrap();
+    let good = EndpointSpec::ready(listener.local_addr().unwrap());
+    let cases = [("10.244.1.1:9", 0, 100), ("10.244.8.8:80", 1, 100), ("10.244.9.9:80", 2, 2_000)];
+    for (bad, failure, most_ms) in cases {
+        lab.serve(VIPS[0], &[EndpointSpec::ready(bad.parse().unwrap()), good]);
+        let slot = lab.builder.port_slot(&ServiceName::new("ns", VIPS[0]), "", Protocol::Tcp).unwrap();
+        let before = lab.shared.slots.port_totals(slot);
+        for _ in 0..2 {
+            let since = Instant::now();
+            let mut client = connect(VIPS[0]);
+            let took = since.elapsed();
+            assert!(took < Duration::from_millis(most_ms), "{bad}: {took:?}");
+            client.write_all(b"question").unwrap();
+            listener.accept().unwrap().0.read_exact(&mut [0; 8]).unwrap();
+        }
+        let totals = lab.shared.slots.port_totals(slot);
+        let moved = totals.retried - before.retried;
+        assert!((1..=2).contains(&moved), "{bad}: {moved}");
+        assert_eq!(totals.failed[failure], moved, "{bad}");
+    }
 }

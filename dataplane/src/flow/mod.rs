@@ -13,5 +13,5 @@ pub use key::{Address, FlowKey};
 pub(crate) use record::Record;
 pub use record::{FlowFields, Source};
 pub use state::{State, Timeouts};
-pub use table::{FlowTable, Full, Hit, MEMORY_PER_FLOW, NewFlowRecord, SourceChoice};
+pub use table::{FlowTable, Full, Hit, MEMORY_PER_FLOW, NewFlowRecord, OpeningProgress, SourceChoice};
 pub use view::FlowView;

@@ -91,6 +91,19 @@ impl Hit {
     }
 }
 
+/// How far a flow that is being opened has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OpeningProgress {
+    /// Packets of the client.
+    pub requests: u32,
+    /// Whether the endpoint has sent anything.
+    pub is_answered: bool,
+    /// Milliseconds since the last packet.
+    pub idle_ms: u32,
+    /// The sequence number that the endpoint will ask for: one more than the SYN's.
+    pub expected: u32,
+}
+
 /// What only the holder of the lock changes.
 struct Writer {
     free: Vec<u32>,
@@ -212,6 +225,18 @@ impl FlowTable {
     pub fn close(&self, hit: &Hit) {
         let mut writer = self.lock();
         self.end(&mut writer, hit);
+    }
+
+    /// How far a flow that is being opened has come.
+    pub fn opening(&self, hit: &Hit, now_ms: u64) -> OpeningProgress {
+        let record = &self.records[hit.record as usize];
+        let [requests, replies] = record.traffic().1;
+        OpeningProgress {
+            requests,
+            is_answered: replies > 0,
+            idle_ms: record.idle_ms(now_ms as u32),
+            expected: record.expected(Direction::Request).unwrap_or(0),
+        }
     }
 
     /// Counts a TCP segment of the flow and moves its state.

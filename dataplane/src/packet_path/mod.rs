@@ -2,6 +2,8 @@
 
 mod drops;
 mod keeper;
+mod opening;
+mod opens;
 mod shared;
 mod thread;
 mod tun;

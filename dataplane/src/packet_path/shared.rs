@@ -9,6 +9,7 @@ use arc_swap::ArcSwap;
 
 use crate::flow::{Address, Ended, FlowTable, FlowView};
 use crate::packet_path::drops::{Drop, Drops};
+use crate::packet_path::opens::Opens;
 use crate::select::{Affinity, Selection};
 use crate::table::{EndpointSlot, RoutingTable, Slots};
 
@@ -52,6 +53,7 @@ pub struct Shared {
     pub(super) table: Arc<ArcSwap<RoutingTable>>,
     pub(super) flows: FlowTable,
     pub(super) affinity: Affinity,
+    pub(super) opens: Opens,
     pub(super) drops: Box<[Drops]>,
     pub(super) settings: Settings,
 }
@@ -65,6 +67,7 @@ impl Shared {
         Arc::new(Self {
             flows: FlowTable::new(settings.flow_capacity, Arc::clone(&slots), masquerade, ports),
             affinity: Affinity::default(),
+            opens: Opens::new(settings.flow_capacity),
             table: Arc::new(ArcSwap::from_pointee(RoutingTable::default())),
             drops: (0..settings.workers).map(|_| Drops::default()).collect(),
             slots,

@@ -13,6 +13,7 @@ use crate::net::{Direction, Protocol};
 use crate::packet::view::{Packet, Tcp, Transport};
 use crate::packet::{icmp, reply, rewrite, vnet};
 use crate::packet_path::drops::Drop;
+use crate::packet_path::opening::Opening;
 use crate::packet_path::shared::Shared;
 use crate::select::select;
 use crate::table::{Endpoint, RoutingTable, Standing};
@@ -30,11 +31,11 @@ pub enum Action {
 
 /// One packet thread's own state.
 pub struct Worker {
-    shared: Arc<Shared>,
-    table: Cache<Arc<arc_swap::ArcSwap<RoutingTable>>, Arc<RoutingTable>>,
-    thread: usize,
-    rng: fastrand::Rng,
-    answer: Box<[u8; vnet::LEN + reply::LIMIT]>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) table: Cache<Arc<arc_swap::ArcSwap<RoutingTable>>, Arc<RoutingTable>>,
+    pub(super) thread: usize,
+    pub(super) rng: fastrand::Rng,
+    pub(super) answer: Box<[u8; vnet::LEN + reply::LIMIT]>,
 }
 
 impl Worker {
@@ -73,7 +74,7 @@ impl Worker {
             Transport::Tcp(tcp) => self.of_flow(bytes, &packet, Protocol::Tcp, Some(tcp), partial, now_ms),
             Transport::Udp => self.of_flow(bytes, &packet, Protocol::Udp, None, partial, now_ms),
             Transport::Sctp => self.of_flow(bytes, &packet, Protocol::Sctp, None, partial, now_ms),
-            Transport::Icmp(kind) if icmp::is_error(packet.family, kind) => self.icmp_error(bytes, &packet),
+            Transport::Icmp(kind) if icmp::is_error(packet.family, kind) => self.icmp_error(bytes, &packet, now_ms),
             Transport::Icmp(_) | Transport::Other => self.without_ports(bytes, &packet),
             Transport::Fragment => Err(Drop::Fragment),
         }
@@ -91,11 +92,17 @@ impl Worker {
         let key = packet.key(protocol);
         let found = self.shared.flows.find(&key);
         let hit = match found.map(|hit| (self.standing(&hit, tcp), hit)) {
-            Some((Stands::GoesOn, hit)) => hit,
+            Some((Stands::GoesOn, hit)) => match tcp.filter(|_| hit.state() == State::Opening) {
+                Some(tcp) => match self.opening(hit, &tcp, now_ms)? {
+                    Opening::GoesOn(hit) => hit,
+                    Opening::Instead(action) => return Ok(action),
+                },
+                None => hit,
+            },
             Some((Stands::Ended, _)) => return self.answer_ended(bytes, packet, tcp),
             over => {
                 over.inspect(|(_, over)| self.shared.flows.close(over));
-                match self.open(bytes, packet, &key, tcp, now_ms)? {
+                match self.open(bytes, packet, &key, tcp, partial, now_ms)? {
                     Opened::Flow(hit) => hit,
                     Opened::Not(action) => return Ok(action),
                 }
@@ -107,14 +114,19 @@ impl Worker {
             Some(tcp) => flows.see_tcp(&hit, &tcp, packet.length, now_ms),
             None => flows.see_datagram(&hit, packet.length, now_ms),
         }
+        self.count_traffic(&hit, packet.length);
+        Ok(Action::Send)
+    }
+
+    /// Counts a packet of the flow.
+    pub(super) fn count_traffic(&self, hit: &Hit, length: usize) {
         let (slots, at) = (&self.shared.slots, hit.direction.index());
         let endpoint = slots.endpoint(self.thread, hit.fields().endpoint_slot);
         let port = slots.port(self.thread, hit.fields().port_slot);
         for (bytes, packets) in [(&endpoint.bytes, &endpoint.packets), (&port.bytes, &port.packets)] {
-            count(&bytes[at], packet.length as u64);
+            count(&bytes[at], length as u64);
             count(&packets[at], 1);
         }
-        Ok(Action::Send)
     }
 
     /// How the flow stands to a packet of it. A SYN on a finished flow begins a new one, and so does a datagram to an
@@ -155,6 +167,7 @@ impl Worker {
         packet: &Packet,
         key: &FlowKey,
         tcp: Option<Tcp>,
+        partial: bool,
         now_ms: u64,
     ) -> Result<Opened, Drop> {
         let table = self.table.load();
@@ -200,6 +213,9 @@ impl Worker {
                     let endpoint = SocketAddr::new(hit.fields().endpoint.ip(), hit.fields().endpoint_port);
                     shared.affinity.remember(slot, client, endpoint, timeout, now_ms);
                 }
+                if tcp.is_some() && frontend.port.retry && endpoints.len() > 1 {
+                    shared.opens.keep(key, hit.fields().endpoint_slot, &bytes[..packet.length], partial);
+                }
                 let endpoint = shared.slots.endpoint(self.thread, hit.fields().endpoint_slot);
                 count(&endpoint.opened, 1);
                 port.inspect(|port| count(&port.opened[frontend.kind as usize], 1));
@@ -208,7 +224,7 @@ impl Worker {
         }
     }
 
-    fn icmp_error(&mut self, bytes: &mut [u8], packet: &Packet) -> Result<Action, Drop> {
+    fn icmp_error(&mut self, bytes: &mut [u8], packet: &Packet, now_ms: u64) -> Result<Action, Drop> {
         let quoted = icmp::quoted(bytes, packet).map_err(Drop::Malformed)?;
         let flows = &self.shared.flows;
         let hit = quoted.protocol().and_then(|protocol| flows.find(&icmp::key_of_receiver(&quoted, protocol)));
@@ -217,7 +233,12 @@ impl Worker {
             if endpoint.standing() == Standing::Gone || hit.state() == State::Reset {
                 return Err(Drop::EndpointGone);
             }
-            let translation = hit.fields().translation(hit.direction, flows.masquerade());
+            if icmp::is_unreachable(bytes, packet)
+                && let Some(action) = self.unreachable(&hit, &quoted, now_ms)?
+            {
+                return Ok(action);
+            }
+            let translation = hit.fields().translation(hit.direction, self.shared.flows.masquerade());
             icmp::translate(bytes, packet, &quoted, &translation);
             return Ok(Action::Send);
         }
@@ -254,7 +275,7 @@ enum Opened {
 }
 
 /// Opens the flow at the chosen endpoint or, where its packets could not be told from another flow's, at a neighbour.
-fn open_at(
+pub(super) fn open_at(
     shared: &Shared,
     mut new: NewFlowRecord,
     endpoints: &[Endpoint],
@@ -300,6 +321,6 @@ fn refuse(bytes: &[u8], packet: &Packet, answer: &mut [u8]) -> Result<Action, Dr
 }
 
 /// Adds to a cell that only this thread writes.
-fn count(cell: &std::sync::atomic::AtomicU64, more: u64) {
+pub(super) fn count(cell: &std::sync::atomic::AtomicU64, more: u64) {
     cell.store(cell.load(Relaxed) + more, Relaxed);
 }

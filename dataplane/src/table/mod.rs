@@ -22,7 +22,7 @@ pub(crate) use directory::{EndpointEntry, PortEntry, Standing};
 pub use directory::{LifeChange, LifeEvent};
 pub use identity::{EndpointName, PortName};
 pub use lifecycle::{Condition, Deadline, DrainTimeout, Life};
-pub use slots::{EndpointCounters, EndpointSlot, PortCounters, PortSlot, PortTotals, Slots, Totals};
+pub use slots::{EndpointCounters, EndpointSlot, Failure, PortCounters, PortSlot, PortTotals, Slots, Totals};
 pub use spec::{
     Balancing, EndpointList, EndpointSpec, NodeSpec, PortSpec, ServiceName, ServiceSpec, TrafficPolicy, Uid,
 };

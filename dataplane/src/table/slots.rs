@@ -21,6 +21,32 @@ pub struct EndpointSlot(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub struct PortSlot(pub u32);
 
+/// Why an endpoint did not take a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Failure {
+    /// It answered with a RST.
+    Refused = 0,
+    /// ICMP said that it cannot be reached.
+    Unreachable = 1,
+    /// It had not answered when the client sent its SYN again.
+    Timeout = 2,
+}
+
+impl Failure {
+    /// Every reason.
+    pub const ALL: [Self; 3] = [Self::Refused, Self::Unreachable, Self::Timeout];
+
+    /// Name as metric label.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Refused => "refused",
+            Self::Unreachable => "unreachable",
+            Self::Timeout => "timeout",
+        }
+    }
+}
+
 /// Grows by whole chunks, never moves: a reader indexes it while another thread grows it.
 struct Slab<T> {
     chunks: Box<[OnceLock<Box<[T]>>]>,
@@ -74,6 +100,10 @@ pub struct PortCounters {
     pub rejected: AtomicU64,
     /// Flows dropped by a rule.
     pub dropped: AtomicU64,
+    /// Opens that an endpoint did not take, by [`Failure`].
+    pub failed: [AtomicU64; 3],
+    /// Opens moved to another endpoint.
+    pub retried: AtomicU64,
     /// Bytes of IP packets, by direction.
     pub bytes: [AtomicU64; 2],
     /// Packets, by direction (a segmentation-offloaded packet counts once).
@@ -89,6 +119,10 @@ pub struct PortTotals {
     pub rejected: u64,
     /// Flows dropped by a rule.
     pub dropped: u64,
+    /// Opens that an endpoint did not take, by [`Failure`].
+    pub failed: [u64; 3],
+    /// Opens moved to another endpoint.
+    pub retried: u64,
     /// Bytes of IP packets, by direction.
     pub bytes: [u64; 2],
     /// Packets, by direction.
@@ -200,6 +234,10 @@ impl Slots {
             }
             sum.rejected += cells.rejected.load(Relaxed);
             sum.dropped += cells.dropped.load(Relaxed);
+            sum.retried += cells.retried.load(Relaxed);
+            for (sum, cell) in sum.failed.iter_mut().zip(&cells.failed) {
+                *sum += cell.load(Relaxed);
+            }
             for direction in [Direction::Request, Direction::Reply].map(Direction::index) {
                 sum.bytes[direction] += cells.bytes[direction].load(Relaxed);
                 sum.packets[direction] += cells.packets[direction].load(Relaxed);
@@ -234,7 +272,13 @@ impl Slots {
         self.assign_port(slot, 0);
         for cells in self.threads.iter().filter_map(|thread| thread.ports.peek(slot.0)) {
             let traffic = cells.bytes.iter().chain(&cells.packets);
-            for cell in cells.opened.iter().chain([&cells.rejected, &cells.dropped]).chain(traffic) {
+            for cell in cells
+                .opened
+                .iter()
+                .chain([&cells.rejected, &cells.dropped, &cells.retried])
+                .chain(&cells.failed)
+                .chain(traffic)
+            {
                 cell.store(0, Relaxed);
             }
         }

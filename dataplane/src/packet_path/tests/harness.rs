@@ -30,6 +30,7 @@ pub(super) struct Path {
     pub(super) builder: TableBuilder,
     pub(super) keeper: Keeper,
     pub(super) affinity: Option<Duration>,
+    pub(super) retry: bool,
     pub(super) now_ms: u64,
 }
 
@@ -53,7 +54,7 @@ impl Path {
             ..NodeSpec::default()
         });
         let (worker, keeper) = (Worker::new(Arc::clone(&shared), 0), Keeper::new(Arc::clone(&shared)));
-        Self { worker, keeper, shared, builder, affinity: None, now_ms: 1_000_000 }
+        Self { worker, keeper, shared, builder, affinity: None, retry: true, now_ms: 1_000_000 }
     }
 
     /// Publishes one Service `FRONTEND` with node port 30080 on these endpoints.
@@ -86,7 +87,7 @@ impl Path {
             local: EndpointList::default(),
             has_any_endpoint: !endpoints.is_empty(),
             endpoints,
-            retry: true,
+            retry: self.retry,
             drain_timeout: DrainTimeout::After(Duration::from_secs(60)),
         };
         self.builder.set(ServiceSpec { name: ServiceName::new("a", "b"), created: None, ports: vec![port] });

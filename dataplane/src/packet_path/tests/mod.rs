@@ -2,6 +2,7 @@
 
 mod drain;
 mod harness;
+mod retry;
 
 use std::net::SocketAddr;
 use std::time::Duration;
