@@ -14,7 +14,7 @@ const NUMBER: u32 = (1 << NUMBER_BITS) - 1;
 const DIRECTION: u32 = 1 << NUMBER_BITS;
 
 /// Most records an index can number.
-pub(super) const MAX_RECORDS: usize = NUMBER as usize - 1;
+pub(crate) const MAX_RECORDS: usize = NUMBER as usize - 1;
 
 pub(super) struct Index {
     entries: Box<[AtomicU32]>,

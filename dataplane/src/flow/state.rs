@@ -57,6 +57,11 @@ impl State {
         }
     }
 
+    /// Whether it is a state of UDP and SCTP.
+    pub fn is_of_datagrams(self) -> bool {
+        matches!(self, Self::Unreplied | Self::Replied)
+    }
+
     /// Whether the flow is over but for its last packets.
     pub fn is_finished(self) -> bool {
         matches!(self, Self::Closing | Self::Reset)

@@ -23,11 +23,13 @@ pub enum Drop {
     NoMasqueradeAddress,
     /// It belongs to a flow whose endpoint is gone, and asks for no answer.
     EndpointGone,
+    /// No routing table is there yet: the client is to try again.
+    NoTable,
     /// The kernel did not take the packet back.
     Write,
 }
 
-const COUNT: usize = 13;
+const COUNT: usize = 14;
 
 impl Drop {
     /// Every reason.
@@ -44,6 +46,7 @@ impl Drop {
         Self::NoPort,
         Self::NoMasqueradeAddress,
         Self::EndpointGone,
+        Self::NoTable,
         Self::Write,
     ];
 
@@ -58,6 +61,7 @@ impl Drop {
             Self::NoPort => "no_masquerade_port",
             Self::NoMasqueradeAddress => "no_masquerade_address",
             Self::EndpointGone => "endpoint_gone",
+            Self::NoTable => "no_table",
             Self::Write => "write",
         }
     }
@@ -72,7 +76,8 @@ impl Drop {
             Self::NoPort => 9,
             Self::NoMasqueradeAddress => 10,
             Self::EndpointGone => 11,
-            Self::Write => 12,
+            Self::NoTable => 12,
+            Self::Write => 13,
         }
     }
 }

@@ -113,8 +113,8 @@ impl Worker {
         let next = open_at(shared, new, endpoints, chosen, masquerade, now_ms)?;
         open.try_at(next.fields().endpoint_slot);
         if let Some(timeout) = port.affinity {
-            let endpoint = (next.fields().endpoint.ip(), next.fields().endpoint_port).into();
-            shared.affinity.remember(port.slot, fields.request.source, endpoint, timeout, now_ms);
+            let (endpoint, slots) = (next.fields().endpoint_slot, &shared.slots);
+            shared.affinity.remember(port.slot, fields.request.source, endpoint, slots, timeout, now_ms);
         }
         super::worker::count(&shared.slots.endpoint(self.thread, next.fields().endpoint_slot).opened, 1);
         super::worker::count(&shared.slots.port(self.thread, port.slot).retried, 1);

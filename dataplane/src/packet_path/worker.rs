@@ -1,7 +1,6 @@
 //! The pure step of a packet thread: one packet and the time in, what to do with it out. No I/O, no clock, no allocation;
 //! a lock only where a flow begins or is missing.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -171,6 +170,9 @@ impl Worker {
         now_ms: u64,
     ) -> Result<Opened, Drop> {
         let table = self.table.load();
+        if table.generation() == 0 {
+            return Err(Drop::NoTable);
+        }
         let flow = NewFlow { client: key.source.ip(), destination: key.destination(), protocol: key.protocol };
         let decision = table.decide(&flow);
         let first = tcp.is_none_or(|tcp| tcp.syn && !tcp.ack);
@@ -194,7 +196,7 @@ impl Worker {
                 let (shared, slot) = (&self.shared, frontend.port.slot);
                 let sticky = frontend.port.affinity.map(|timeout| (timeout, key.source));
                 let chosen = sticky
-                    .and_then(|(_, client)| shared.affinity.recall(slot, client, endpoints, now_ms))
+                    .and_then(|(_, client)| shared.affinity.recall(slot, client, endpoints, &shared.slots, now_ms))
                     .or_else(|| {
                         let selection = shared.selection(now_ms, &[]);
                         select(frontend.port.balancing, slot, endpoints, &selection, &mut self.rng)
@@ -210,8 +212,8 @@ impl Worker {
                 };
                 let hit = open_at(shared, new, endpoints, chosen, masquerade, now_ms)?;
                 if let Some((timeout, client)) = sticky {
-                    let endpoint = SocketAddr::new(hit.fields().endpoint.ip(), hit.fields().endpoint_port);
-                    shared.affinity.remember(slot, client, endpoint, timeout, now_ms);
+                    let (endpoint, slots) = (hit.fields().endpoint_slot, &shared.slots);
+                    shared.affinity.remember(slot, client, endpoint, slots, timeout, now_ms);
                 }
                 if tcp.is_some() && frontend.port.retry && endpoints.len() > 1 {
                     shared.opens.keep(key, hit.fields().endpoint_slot, &bytes[..packet.length], partial);
@@ -284,10 +286,7 @@ pub(super) fn open_at(
     now_ms: u64,
 ) -> Result<Hit, Drop> {
     let flows = &shared.flows;
-    let address = |client: Address| {
-        let position = flows.masquerade().iter().position(|address| address.family() == client.family());
-        position.map(|index| SourceChoice::Masquerade(index as u8)).ok_or(Drop::NoMasqueradeAddress)
-    };
+    let address = |client: Address| flows.masquerade_of(client.family()).ok_or(Drop::NoMasqueradeAddress);
     let tries = endpoints.len().min(4);
     for attempt in 0..=tries {
         let endpoint = &endpoints[(chosen + attempt) % endpoints.len()];

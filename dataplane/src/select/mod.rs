@@ -6,6 +6,7 @@ mod random;
 mod round_robin;
 
 pub use affinity::Affinity;
+pub(crate) use affinity::{AFFINITIES, AffinityEntry};
 
 use crate::table::{Balancing, Endpoint, EndpointSlot, PortSlot, Slots};
 

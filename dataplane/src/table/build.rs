@@ -45,14 +45,16 @@ struct Owned {
 }
 
 impl TableBuilder {
-    /// A builder of empty tables that counts in `slots`.
+    /// A builder of empty tables that counts in `slots`, where endpoints of the last process have theirs.
     pub fn new(slots: Arc<Slots>) -> Self {
+        let recovered = slots.directory.recovered();
+        let is_gone = |slot| matches!(slots.life(EndpointSlot(slot)), Some(Life::Gone(_)));
         Self {
+            port_slots: Numbers::recover(&recovered.ports, |_| false),
+            endpoint_slots: Numbers::recover(&recovered.endpoints, is_gone),
             slots,
             services: AHashMap::new(),
             claims: AHashMap::new(),
-            port_slots: Numbers::default(),
-            endpoint_slots: Numbers::default(),
             table: RoutingTable::default(),
         }
     }
@@ -162,6 +164,15 @@ impl TableBuilder {
     pub fn build(&mut self) -> Arc<RoutingTable> {
         self.table.generation += 1;
         Arc::new(self.table.clone())
+    }
+
+    /// Says that all there is was set: endpoints of the last process that did not come back have left meanwhile, and drain
+    /// or are gone. Call it once, after the first full sync and before the first table is published.
+    pub fn synced(&mut self) {
+        for slot in self.endpoint_slots.settle() {
+            self.slots.leave(EndpointSlot(slot));
+        }
+        self.port_slots.settle();
     }
 
     /// Gives slots that were retired before the last call, and whose endpoints have no flows, back for others. Call it now

@@ -5,14 +5,15 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ahash::AHashMap;
 
 use super::lifecycle::{Cause, Condition, Deadline, DrainTimeout, Life};
-use super::slots::{EndpointSlot, Slots};
-use crate::memory::zeroed;
+use super::slots::{EndpointSlot, PortSlot, Slots};
+use crate::flow::Header;
+use crate::memory::Region;
 
 /// An endpoint's entry: one cache line; zero is a slot that nobody has.
 #[derive(Default)]
@@ -124,6 +125,8 @@ struct Watch {
     leaving: AHashMap<EndpointSlot, bool>,
     /// Endpoints that entered their list since the last look at the clock.
     entered: Vec<EndpointSlot>,
+    /// Another process has the entries now: nothing may be written.
+    released: bool,
     events: VecDeque<LifeEvent>,
 }
 
@@ -138,15 +141,37 @@ impl Watch {
 
 /// Entries by slot number.
 pub(super) struct Directory {
-    pub(super) endpoints: Box<[EndpointEntry]>,
-    pub(super) ports: Box<[PortEntry]>,
+    pub(super) endpoints: Region<EndpointEntry>,
+    pub(super) ports: Region<PortEntry>,
+    header: Arc<Region<Header>>,
     watch: Mutex<Watch>,
 }
 
+/// Slot numbers that the last process had given away, by identity.
+#[derive(Default)]
+pub(super) struct Recovered {
+    pub(super) endpoints: Vec<(u64, u32)>,
+    pub(super) ports: Vec<(u64, u32)>,
+}
+
 impl Directory {
-    pub(super) fn new() -> Self {
-        let count = Slots::CAPACITY as usize;
-        Self { endpoints: zeroed(count), ports: zeroed(count), watch: Mutex::default() }
+    pub(super) fn new(endpoints: Region<EndpointEntry>, ports: Region<PortEntry>, header: Arc<Region<Header>>) -> Self {
+        Self { endpoints, ports, header, watch: Mutex::default() }
+    }
+
+    /// What the last process left.
+    pub(super) fn recovered(&self) -> Recovered {
+        let used = |word: &AtomicU32| word.load(Relaxed).min(Slots::CAPACITY) as usize;
+        let identities = |words: &mut dyn Iterator<Item = &AtomicU64>| {
+            let words = words.map(|word| word.load(Relaxed)).enumerate();
+            words.filter(|(_, identity)| *identity != 0).map(|(slot, identity)| (identity, slot as u32)).collect()
+        };
+        let endpoints = self.endpoints[..used(&self.header[0].endpoints_used)].iter();
+        let ports = self.ports[..used(&self.header[0].ports_used)].iter();
+        Recovered {
+            endpoints: identities(&mut endpoints.map(|entry| &entry.identity)),
+            ports: identities(&mut ports.map(|entry| &entry.identity)),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Watch> {
@@ -176,9 +201,58 @@ impl Slots {
         self.directory.lock().events.drain(..).collect()
     }
 
+    /// Takes in what the last process left of lives: nobody may use the slots yet.
+    pub(super) fn recover(&self) {
+        let mut watch = self.directory.lock();
+        for (_, slot) in self.directory.recovered().endpoints {
+            let (slot, entry) = (EndpointSlot(slot), &self.directory.endpoints[slot as usize]);
+            entry.active.store(0, Relaxed);
+            entry.held.store(0, Relaxed);
+            let life = self.life(slot);
+            self.set_standing(slot, Standing::of(life));
+            if life.is_some_and(leaves) {
+                watch.leaving.insert(slot, false);
+            }
+            if entry.entered.load(Relaxed) == 0 {
+                watch.entered.push(slot);
+            }
+        }
+    }
+
+    /// Whether somebody has these slots.
+    pub(crate) fn exists(&self, endpoint: EndpointSlot, port: PortSlot) -> bool {
+        let endpoint = self.directory.endpoints.get(endpoint.0 as usize);
+        let port = self.directory.ports.get(port.0 as usize);
+        endpoint.is_some_and(|entry| entry.identity.load(Relaxed) != 0)
+            && port.is_some_and(|entry| entry.identity.load(Relaxed) != 0)
+    }
+
+    /// Who an endpoint is, the same in every process; 0 for a slot that nobody has.
+    pub(crate) fn identity(&self, slot: EndpointSlot) -> u64 {
+        self.entry(slot).identity.load(Relaxed)
+    }
+
+    /// From now on nothing is written: another process has it all.
+    pub(crate) fn release(&self) {
+        self.directory.lock().released = true;
+    }
+
     /// Gives a slot to an endpoint.
     pub(super) fn assign_endpoint(&self, slot: EndpointSlot, identity: u64) {
-        self.entry(slot).identity.store(identity, Relaxed);
+        let watch = self.directory.lock();
+        if !watch.released {
+            self.entry(slot).identity.store(identity, Relaxed);
+            self.directory.header[0].endpoints_used.fetch_max(slot.0 + 1, Relaxed);
+        }
+    }
+
+    /// Gives a slot to a Service port; 0: to nobody.
+    pub(super) fn assign_port(&self, slot: PortSlot, identity: u64) {
+        let watch = self.directory.lock();
+        if !watch.released {
+            self.directory.ports[slot.0 as usize].identity.store(identity, Relaxed);
+            self.directory.header[0].ports_used.fetch_max(slot.0 + 1, Relaxed);
+        }
     }
 
     /// Takes in what the slices, and the operator, say of an endpoint.
@@ -187,16 +261,22 @@ impl Slots {
             DrainTimeout::After(timeout) => timeout.as_millis() as u64,
             DrainTimeout::Never => u64::MAX,
         };
-        self.entry(slot).drain_timeout.store(timeout, Relaxed);
         let mut watch = self.directory.lock();
+        if watch.released {
+            return;
+        }
+        self.entry(slot).drain_timeout.store(timeout, Relaxed);
         let life = self.life(slot).unwrap_or(Life::Present { condition, drain });
         self.become_now(&mut watch, slot, life.seen(condition, drain));
     }
 
     /// The endpoint enters its list: it is new.
     pub(crate) fn enter(&self, slot: EndpointSlot) {
-        self.entry(slot).entered.store(0, Relaxed);
-        self.directory.lock().entered.push(slot);
+        let mut watch = self.directory.lock();
+        if !watch.released {
+            self.entry(slot).entered.store(0, Relaxed);
+            watch.entered.push(slot);
+        }
     }
 
     /// Whether the endpoint has been in a list for long enough for the clock to know.
@@ -212,7 +292,7 @@ impl Slots {
     /// The endpoint is in its slices no more.
     pub(super) fn leave(&self, slot: EndpointSlot) {
         let mut watch = self.directory.lock();
-        let Some(life) = self.life(slot) else { return };
+        let Some(life) = self.life(slot).filter(|_| !watch.released) else { return };
         let timeout = match self.entry(slot).drain_timeout.load(Relaxed) {
             u64::MAX => DrainTimeout::Never,
             timeout => DrainTimeout::After(Duration::from_millis(timeout)),
@@ -223,6 +303,9 @@ impl Slots {
     /// Moves lives on. Returns whether an endpoint is gone that still has flows.
     pub(crate) fn tick(&self, now_ms: u64) -> bool {
         let mut watch = self.directory.lock();
+        if watch.released {
+            return false;
+        }
         for slot in std::mem::take(&mut watch.entered) {
             self.entry(slot).entered.store(now_ms.max(1), Relaxed);
         }
@@ -247,6 +330,9 @@ impl Slots {
     /// Zeroes an endpoint's cells before the slot serves another endpoint. No flow may hold the slot.
     pub(super) fn clear_endpoint(&self, slot: EndpointSlot) {
         let mut watch = self.directory.lock();
+        if watch.released {
+            return;
+        }
         watch.leaving.remove(&slot);
         let entry = self.entry(slot);
         entry.identity.store(0, Relaxed);
@@ -266,7 +352,7 @@ impl Slots {
             return;
         }
         let listed = watch.leaving.contains_key(&slot);
-        let leaves = life.drains() || matches!(life, Life::Gone(_));
+        let leaves = leaves(life);
         if leaves != listed {
             entry.drains_since.store(0, Relaxed);
         }
@@ -284,6 +370,10 @@ impl Slots {
     pub(super) fn entry(&self, slot: EndpointSlot) -> &EndpointEntry {
         &self.directory.endpoints[slot.0 as usize]
     }
+}
+
+fn leaves(life: Life) -> bool {
+    life.drains() || matches!(life, Life::Gone(_))
 }
 
 impl LifeChange {

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use ahash::AHashMap;
+use ahash::{AHashMap, AHashSet};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::{ServiceName, Uid};
@@ -77,17 +77,46 @@ pub(super) struct Numbers<K> {
     retired: AHashMap<K, bool>,
     /// Numbers whose names mean others now, and whether a release has met them before.
     orphans: AHashMap<u32, bool>,
+    /// Numbers of the last process, by identity, whose names have not come back yet.
+    recovered: AHashMap<u64, u32>,
     free: Vec<u32>,
     next: u32,
 }
 
 impl<K> Default for Numbers<K> {
     fn default() -> Self {
-        Self { by_name: AHashMap::new(), retired: AHashMap::new(), orphans: AHashMap::new(), free: Vec::new(), next: 1 }
+        Self {
+            by_name: AHashMap::new(),
+            retired: AHashMap::new(),
+            orphans: AHashMap::new(),
+            recovered: AHashMap::new(),
+            free: Vec::new(),
+            next: 1,
+        }
     }
 }
 
 impl<K: Identity> Numbers<K> {
+    /// Goes on with the numbers of the last process; those that are spent are for nobody any more.
+    pub(super) fn recover(numbers: &[(u64, u32)], is_spent: impl Fn(u32) -> bool) -> Self {
+        let mut all = Self::default();
+        for (identity, number) in numbers {
+            let twin = if is_spent(*number) { Some(*number) } else { all.recovered.insert(*identity, *number) };
+            all.orphans.extend(twin.map(|number| (number, false)));
+            all.next = all.next.max(number + 1);
+        }
+        let taken: AHashSet<u32> = numbers.iter().map(|(_, number)| *number).collect();
+        all.free = (1..all.next).rev().filter(|number| !taken.contains(number)).collect();
+        all
+    }
+
+    /// Numbers of the last process whose names have not come back: they are nobody's from now on.
+    pub(super) fn settle(&mut self) -> Vec<u32> {
+        let left: Vec<u32> = self.recovered.drain().map(|(_, number)| number).collect();
+        self.orphans.extend(left.iter().map(|number| (*number, false)));
+        left
+    }
+
     pub(super) fn get(&self, name: &K) -> Option<u32> {
         self.by_name.get(name).copied()
     }
@@ -105,7 +134,8 @@ impl<K: Identity> Numbers<K> {
             Some(number) => self.orphans.insert(*number, false),
             None => None,
         };
-        let number = self.free.pop().unwrap_or_else(|| {
+        let known = self.recovered.remove(&name.identity());
+        let number = known.or_else(|| self.free.pop()).unwrap_or_else(|| {
             self.next += 1;
             self.next - 1
         });

@@ -3,12 +3,14 @@
 //! Each packet thread writes only its own cells, so counting shares no cache line between threads. Live-flow counts,
 //! which selection reads, are shared but change only when a flow opens or closes.
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 
+use crate::flow::Header;
+use crate::memory::Region;
 use crate::net::Direction;
 use crate::table::FrontendKind;
-use crate::table::directory::{Directory, Standing};
+use crate::table::directory::{Directory, EndpointEntry, PortEntry, Standing};
 
 const CHUNK: usize = 1024;
 const CHUNKS: usize = 1024;
@@ -155,10 +157,24 @@ impl Slots {
     /// Number of endpoints, and of Service ports, that fit.
     pub const CAPACITY: u32 = (CHUNK * CHUNKS) as u32;
 
-    /// Slots for this many counting threads.
+    /// Slots for this many counting threads, on the heap.
     pub fn new(threads: usize) -> Self {
+        let count = Self::CAPACITY as usize;
+        Self::over(threads, Region::heap(count), Region::heap(count), Arc::new(Region::heap(1)))
+    }
+
+    /// Slots whose shared part lies in this memory.
+    pub(crate) fn over(
+        threads: usize,
+        endpoints: Region<EndpointEntry>,
+        ports: Region<PortEntry>,
+        header: Arc<Region<Header>>,
+    ) -> Self {
         let thread = || ThreadSlots { endpoints: Slab::new(), ports: Slab::new() };
-        Self { threads: (0..threads).map(|_| thread()).collect(), directory: Directory::new() }
+        let directory = Directory::new(endpoints, ports, header);
+        let slots = Self { threads: (0..threads).map(|_| thread()).collect(), directory };
+        slots.recover();
+        slots
     }
 
     /// Number of counting threads.
@@ -260,11 +276,6 @@ impl Slots {
             }
             cells.standing.store(Standing::Serves as u32, Relaxed);
         }
-    }
-
-    /// Gives a slot to a Service port.
-    pub(super) fn assign_port(&self, slot: PortSlot, identity: u64) {
-        self.directory.ports[slot.0 as usize].identity.store(identity, Relaxed);
     }
 
     /// Zeroes a Service port's cells before the slot serves another one.
