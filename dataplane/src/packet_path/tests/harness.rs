@@ -36,15 +36,10 @@ pub(super) struct Path {
 
 impl Path {
     pub(super) fn new(flow_capacity: usize) -> Self {
-        let settings = Settings {
-            workers: 1,
-            flow_capacity,
-            masquerade_addresses: vec![NODE.parse().unwrap(), "fd00::1".parse().unwrap()],
-            masquerade_ports: 61000..=61003,
-            seed: 1,
-            ..Settings::default()
-        };
-        let shared = Shared::new(settings);
+        Self::over(Shared::new(settings(flow_capacity)))
+    }
+
+    pub(super) fn over(shared: Arc<Shared>) -> Self {
         let mut builder = TableBuilder::new(Arc::clone(&shared.slots));
         builder.set_node(NodeSpec {
             addresses: vec![NODE.parse().unwrap()],
@@ -148,6 +143,17 @@ impl Path {
 
     pub(super) fn states(&self) -> Vec<&'static str> {
         self.shared.flows.views(self.now_ms).map(|flow| flow.state).collect()
+    }
+}
+
+pub(super) fn settings(flow_capacity: usize) -> Settings {
+    Settings {
+        workers: 1,
+        flow_capacity,
+        masquerade_addresses: vec![NODE.parse().unwrap(), "fd00::1".parse().unwrap()],
+        masquerade_ports: 61000..=61003,
+        seed: 1,
+        ..Settings::default()
     }
 }
 

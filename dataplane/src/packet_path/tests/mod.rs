@@ -2,6 +2,7 @@
 
 mod drain;
 mod harness;
+mod restart;
 mod retry;
 
 use std::net::SocketAddr;
