@@ -5,6 +5,7 @@
 
 pub mod decide;
 pub mod flow;
+mod memory;
 pub mod net;
 pub mod packet;
 pub mod packet_path;

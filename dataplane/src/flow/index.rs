@@ -6,7 +6,7 @@
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
-use super::memory::zeroed;
+use crate::memory::zeroed;
 use crate::net::Direction;
 
 const NUMBER_BITS: u32 = 22;
@@ -14,7 +14,7 @@ const NUMBER: u32 = (1 << NUMBER_BITS) - 1;
 const DIRECTION: u32 = 1 << NUMBER_BITS;
 
 /// Most records an index can number.
-pub(super) const MAX_RECORDS: usize = NUMBER as usize - 1;
+pub(crate) const MAX_RECORDS: usize = NUMBER as usize - 1;
 
 pub(super) struct Index {
     entries: Box<[AtomicU32]>,

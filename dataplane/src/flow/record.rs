@@ -1,12 +1,10 @@
-//! One flow as it lies in memory: fixed-size and plain, written whole by one thread, then read by any without a lock.
-//!
-//! Protocol: a record is *live* while its `meta` word says so. The writer, who holds the table's lock, fills the fields of
-//! a record that is not live and publishes it by one store to `meta`; removing it is one store too, and each life has its
-//! own number. A reader copies the fields between two loads of `meta` and believes them when life and liveness agree.
+//! One flow as it lies in memory: fixed-size and plain, written whole by one thread, then read by any without a lock, and
+//! by the next process. [`life`](super::life) says how.
 
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
-use std::sync::atomic::{AtomicU32, AtomicU64, fence};
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicU32, AtomicU64};
 
+use super::life::{self, LIFE, LIVE};
 use crate::flow::{Address, FlowKey, State};
 use crate::net::{Direction, Protocol};
 use crate::packet::Translation;
@@ -41,8 +39,6 @@ pub struct FlowFields {
     pub endpoint_slot: EndpointSlot,
     /// Where the Service port's counters are.
     pub port_slot: PortSlot,
-    /// The endpoint's epoch when the flow opened, its last 16 bits.
-    pub epoch: u16,
     /// Kind of frontend that was dialled.
     pub frontend: FrontendKind,
     /// When it opened, in seconds of the caller's clock.
@@ -92,9 +88,9 @@ impl FlowFields {
 
 /// The record itself. 112 bytes; zeroed memory is a record that is not live.
 #[repr(C)]
-pub(super) struct Record {
+pub(crate) struct Record {
     /// From the lowest bit: live (1 bit), state (3), frontend kind (2), protocol (2), 1 + masquerade address or 0 when the
-    /// source is preserved (8), epoch (16), life number (32).
+    /// source is preserved (8), seal (16), life number (32). The seal is a checksum of all that does not change in a life.
     meta: AtomicU64,
     client: [AtomicU64; 2],
     frontend: [AtomicU64; 2],
@@ -112,13 +108,13 @@ pub(super) struct Record {
 
 const _: () = assert!(size_of::<Record>() == 112);
 
-const LIVE: u64 = 1;
 const STATE: u32 = 1;
 const FRONTEND: u32 = 4;
 const PROTOCOL: u32 = 6;
 const SOURCE: u32 = 8;
-const EPOCH: u32 = 16;
-const LIFE: u32 = 32;
+const SEAL: u32 = 16;
+/// What of `meta` changes in a life, or is the seal itself.
+const NOT_SEALED: u64 = LIVE | 7 << STATE | 0xffff << SEAL;
 const PROTOCOLS: [Protocol; 3] = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
 
 /// A consistent copy of a record: its life and what does not change in it.
@@ -165,69 +161,101 @@ impl Record {
             self.acknowledged[direction].store(0, Relaxed);
         }
         let protocol = PROTOCOLS.iter().position(|known| *known == fields.request.protocol).expect("all are listed");
-        let life = (self.meta.load(Relaxed) >> LIFE).wrapping_add(1);
         let kind = (fields.frontend as u64) << FRONTEND | (protocol as u64) << PROTOCOL | address << SOURCE;
-        let meta = life << LIFE | u64::from(fields.epoch) << EPOCH | kind | (state as u64) << STATE | LIVE;
-        self.meta.store(meta, Release);
+        life::publish(&self.meta, |life| {
+            let rest = kind | (state as u64) << STATE;
+            rest | u64::from(self.seal(life | rest)) << SEAL
+        });
     }
 
-    /// Ends a record's life. Only for the holder of the table's lock.
-    pub(super) fn retire(&self) {
-        self.meta.store(self.meta.load(Relaxed) & !LIVE, Relaxed);
-        // Fields written by a later life stay behind this store for readers that load `meta` again.
-        fence(Release);
+    /// Ends a record's life and returns its last state. Only for the holder of the table's lock.
+    pub(super) fn retire(&self) -> State {
+        state_of(life::retire(&self.meta))
+    }
+
+    /// Ends the life of a record that makes no sense.
+    pub(super) fn forget(&self) {
+        life::retire(&self.meta);
     }
 
     /// A consistent copy, or nothing when the record is not live or changed meanwhile.
     pub(super) fn read(&self) -> Option<Snapshot> {
-        let meta = self.meta.load(Acquire);
-        if meta & LIVE == 0 {
-            return None;
-        }
         let load = |words: &[AtomicU64; 2]| Address::from_words([words[0].load(Relaxed), words[1].load(Relaxed)]);
-        let (client, frontend, endpoint) = (load(&self.client), load(&self.frontend), load(&self.endpoint));
-        let ports = self.ports.load(Relaxed);
-        let slots = [self.slots[0].load(Relaxed), self.slots[1].load(Relaxed)];
-        let opened = self.opened.load(Relaxed);
-        fence(Acquire);
-        if same_life(self.meta.load(Relaxed), meta) {
-            let port = |index: u32| (ports >> (16 * index)) as u16;
-            let source = match (meta >> SOURCE) as u8 {
-                0 => Source::Preserved,
-                address => Source::Masqueraded { address: address - 1, port: port(3) },
-            };
-            let request = FlowKey {
-                source: client,
-                destination: frontend,
-                source_port: port(0),
-                destination_port: port(1),
-                protocol: *PROTOCOLS.get(usize::from((meta >> PROTOCOL) as u8 & 3))?,
-            };
-            let fields = FlowFields {
-                request,
-                endpoint,
-                endpoint_port: port(2),
-                source,
-                endpoint_slot: EndpointSlot(slots[0]),
-                port_slot: PortSlot(slots[1]),
-                epoch: (meta >> EPOCH) as u16,
-                frontend: *FrontendKind::ALL.get(usize::from((meta >> FRONTEND) as u8 & 3))?,
-                opened,
-            };
-            return Some(Snapshot { meta, fields });
+        let (meta, (client, frontend, endpoint, ports, slots, opened)) = life::read(&self.meta, || {
+            let addresses = (load(&self.client), load(&self.frontend), load(&self.endpoint));
+            let slots = [self.slots[0].load(Relaxed), self.slots[1].load(Relaxed)];
+            (addresses.0, addresses.1, addresses.2, self.ports.load(Relaxed), slots, self.opened.load(Relaxed))
+        })?;
+        let port = |index: u32| (ports >> (16 * index)) as u16;
+        let source = match (meta >> SOURCE) as u8 {
+            0 => Source::Preserved,
+            address => Source::Masqueraded { address: address - 1, port: port(3) },
+        };
+        let request = FlowKey {
+            source: client,
+            destination: frontend,
+            source_port: port(0),
+            destination_port: port(1),
+            protocol: *PROTOCOLS.get(usize::from((meta >> PROTOCOL) as u8 & 3))?,
+        };
+        let fields = FlowFields {
+            request,
+            endpoint,
+            endpoint_port: port(2),
+            source,
+            endpoint_slot: EndpointSlot(slots[0]),
+            port_slot: PortSlot(slots[1]),
+            frontend: *FrontendKind::ALL.get(usize::from((meta >> FRONTEND) as u8 & 3))?,
+            opened,
+        };
+        Some(Snapshot { meta, fields })
+    }
+
+    /// Whether the record says it is live.
+    pub(super) fn is_live(&self) -> bool {
+        self.meta.load(Relaxed) & LIVE != 0
+    }
+
+    /// Whether the record is as it was published, but for what may change.
+    pub(super) fn is_whole(&self) -> bool {
+        let meta = self.meta.load(Relaxed);
+        (meta >> SEAL) as u16 == self.seal(meta)
+    }
+
+    fn seal(&self, meta: u64) -> u16 {
+        let [client, frontend, endpoint] = [&self.client, &self.frontend, &self.endpoint];
+        let words = [client, frontend, endpoint].into_iter().flatten().chain([&self.ports]);
+        let slots = self.slots.iter().chain([&self.opened]).map(|word| u64::from(word.load(Relaxed)));
+        let mut bytes = [0; 88];
+        let all = words.map(|word| word.load(Relaxed)).chain(slots).chain([meta & !NOT_SEALED]);
+        for (to, word) in bytes.chunks_exact_mut(8).zip(all) {
+            to.copy_from_slice(&word.to_le_bytes());
         }
-        None
+        let crc = crc32c::crc32c(&bytes);
+        (crc ^ crc >> 16) as u16
+    }
+
+    /// Moves this life of the record to another state and returns whether it did. It does not when another thread moved it
+    /// too, or removed it: either knows better.
+    pub(super) fn set_state(&self, seen: u64, state: State) -> bool {
+        life::change(&self.meta, seen, seen & !(7 << STATE) | (state as u64) << STATE)
     }
 
     /// Takes this life of the record one step on, from the state that it is in now: both ends may close at the same moment,
-    /// seen by two threads, and neither step may be lost. Nothing happens when the life is over.
-    pub(super) fn advance(&self, seen: u64, step: impl Fn(State) -> State) {
-        let next = |now: u64| {
-            let next = now & !(7 << STATE) | (step(state_of(now)) as u64) << STATE;
-            (same_life(now, seen) && next != now).then_some(next)
-        };
-        // An error means that there was nothing to change.
-        let _ = self.meta.fetch_update(Relaxed, Relaxed, next);
+    /// seen by two threads, and neither step may be lost. Returns the states before and after, when they differ.
+    pub(super) fn advance(&self, seen: u64, step: impl Fn(State) -> State) -> Option<(State, State)> {
+        let mut now = seen;
+        while now >> LIFE == seen >> LIFE && now & LIVE != 0 {
+            let (from, to) = (state_of(now), step(state_of(now)));
+            if from == to {
+                return None;
+            }
+            if self.set_state(now, to) {
+                return Some((from, to));
+            }
+            now = self.meta.load(Relaxed);
+        }
+        None
     }
 
     /// Counts a packet.
@@ -260,9 +288,4 @@ impl Record {
         let [request, reply] = [load(0), load(1)];
         ([request.0, reply.0], [request.1, reply.1])
     }
-}
-
-/// Whether two `meta` words are of one life, both live.
-fn same_life(a: u64, b: u64) -> bool {
-    a >> LIFE == b >> LIFE && a & b & LIVE != 0
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::net::Direction;
 use crate::packet::view::Tcp;
 
-/// State of a flow. TCP uses the first five, UDP and SCTP the last two.
+/// State of a flow. UDP and SCTP use unreplied and replied, TCP the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum State {
@@ -23,10 +23,12 @@ pub enum State {
     Unreplied = 5,
     /// Both have sent.
     Replied = 6,
+    /// Ended by us: whatever still comes is answered with a RST.
+    Reset = 7,
 }
 
 impl State {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Opening,
         Self::Established,
         Self::HalfClosedByClient,
@@ -34,6 +36,7 @@ impl State {
         Self::Closing,
         Self::Unreplied,
         Self::Replied,
+        Self::Reset,
     ];
 
     /// The state with this number.
@@ -50,12 +53,26 @@ impl State {
             Self::Closing => "closing",
             Self::Unreplied => "unreplied",
             Self::Replied => "replied",
+            Self::Reset => "reset",
         }
+    }
+
+    /// Whether it is a state of UDP and SCTP.
+    pub fn is_of_datagrams(self) -> bool {
+        matches!(self, Self::Unreplied | Self::Replied)
+    }
+
+    /// Whether the flow is over but for its last packets.
+    pub fn is_finished(self) -> bool {
+        matches!(self, Self::Closing | Self::Reset)
     }
 
     /// The state after a TCP segment. `expected`: the sequence number that the receiver last asked for, when known; a RST
     /// counts only if it has exactly that one (RFC 5961 §3.2), so that nobody ends a flow of others blindly.
     pub fn after_tcp(self, direction: Direction, tcp: &Tcp, expected: Option<u32>) -> Self {
+        if self.is_finished() {
+            return self;
+        }
         if tcp.rst {
             let believed = self == Self::Opening || expected.is_none_or(|expected| expected == tcp.sequence);
             return if believed { Self::Closing } else { self };
@@ -119,7 +136,7 @@ impl Timeouts {
             State::Opening => self.opening,
             State::Established => self.established,
             State::HalfClosedByClient | State::HalfClosedByEndpoint => self.half_closed,
-            State::Closing => self.closing,
+            State::Closing | State::Reset => self.closing,
             State::Unreplied => self.unreplied,
             State::Replied => self.replied,
         }

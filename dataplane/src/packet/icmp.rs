@@ -19,6 +19,16 @@ pub fn is_error(family: Family, icmp_type: u8) -> bool {
     }
 }
 
+/// Whether an error says that its packet cannot reach its destination, now or at all.
+pub fn is_unreachable(bytes: &[u8], error: &Packet) -> bool {
+    match (error.family, bytes.get(error.transport_at..error.transport_at + 2)) {
+        // RFC 792, RFC 1812 §5.2.7.1: all codes but "fragmentation needed".
+        (Family::V4, Some([3, code])) => *code != 4,
+        (Family::V6, Some([1, _])) => true,
+        (Family::V4 | Family::V6, _) => false,
+    }
+}
+
 /// The packet that an ICMP error quotes: its view, with offsets from the quote's own start.
 pub fn quoted(bytes: &[u8], error: &Packet) -> Result<Packet, Malformed> {
     Packet::parse_quoted(bytes.get(error.transport_at + HEADER..error.length).ok_or(Malformed::Transport)?)

@@ -2,8 +2,8 @@
 
 use etherparse::{IpNumber, Ipv4Header, Ipv6Header, TcpHeader};
 
-use crate::flow::Address;
-use crate::net::Family;
+use crate::flow::{Address, FlowKey, Reset};
+use crate::net::{Family, Protocol};
 use crate::packet::checksum::{fold, sum};
 use crate::packet::view::{Packet, Tcp};
 
@@ -19,17 +19,30 @@ pub const LIMIT: usize = ICMP_V6_LIMIT;
 /// Writes the RST that answers `packet` (RFC 9293 §3.10.7.1) as if its destination had sent it. Returns the length.
 ///
 /// The caller answers no RST with it.
-pub fn reset(packet: &Packet, tcp: &Tcp, out: &mut [u8]) -> usize {
-    let sequence = if tcp.ack { tcp.acknowledgement } else { 0 };
-    let mut header = TcpHeader::new(packet.destination_port, packet.source_port, sequence, 0);
-    header.rst = true;
-    if !tcp.ack {
-        header.ack = true;
-        header.acknowledgment_number = tcp.sequence.wrapping_add(tcp.length);
+pub fn answering_reset(packet: &Packet, tcp: &Tcp, out: &mut [u8]) -> usize {
+    let key = packet.key(Protocol::Tcp).reversed();
+    if tcp.ack {
+        write_reset(&key, tcp.acknowledgement, None, out)
+    } else {
+        write_reset(&key, 0, Some(tcp.sequence.wrapping_add(tcp.length)), out)
     }
-    let at = ip_header(packet.destination, packet.source, packet.family, IpNumber::TCP, TcpHeader::MIN_LEN, out);
+}
+
+/// Writes a RST for one end of a flow. Returns the length.
+///
+/// It carries an acknowledgement number too: an end that has got no answer yet believes nothing else (RFC 9293 §3.10.7.3).
+pub fn reset(reset: &Reset, out: &mut [u8]) -> usize {
+    write_reset(&reset.key, reset.sequence, Some(reset.acknowledgement), out)
+}
+
+fn write_reset(key: &FlowKey, sequence: u32, acknowledgement: Option<u32>, out: &mut [u8]) -> usize {
+    let mut header = TcpHeader::new(key.source_port, key.destination_port, sequence, 0);
+    header.rst = true;
+    header.ack = acknowledgement.is_some();
+    header.acknowledgment_number = acknowledgement.unwrap_or(0);
+    let at = ip_header(key.source, key.destination, IpNumber::TCP, TcpHeader::MIN_LEN, out);
     out[at..at + TcpHeader::MIN_LEN].copy_from_slice(&header.to_bytes());
-    let checksum = transport_checksum(packet, IpNumber::TCP, &out[at..at + TcpHeader::MIN_LEN]);
+    let checksum = transport_checksum(key.source, key.destination, IpNumber::TCP, &out[at..at + TcpHeader::MIN_LEN]);
     out[at + 16..at + 18].copy_from_slice(&checksum.to_be_bytes());
     at + TcpHeader::MIN_LEN
 }
@@ -42,22 +55,22 @@ pub fn port_unreachable(bytes: &[u8], packet: &Packet, out: &mut [u8]) -> usize 
         Family::V6 => (IpNumber::IPV6_ICMP, [1, 4], ICMP_V6_LIMIT - 40 - 8),
     };
     let quote = &bytes[..packet.length.min(limit)];
-    let at = ip_header(packet.destination, packet.source, packet.family, number, 8 + quote.len(), out);
+    let at = ip_header(packet.destination, packet.source, number, 8 + quote.len(), out);
     let icmp = &mut out[at..at + 8 + quote.len()];
     icmp[..8].fill(0);
     icmp[..2].copy_from_slice(&header);
     icmp[8..].copy_from_slice(quote);
     let checksum = match packet.family {
         Family::V4 => !fold(sum(icmp)),
-        Family::V6 => transport_checksum(packet, number, &out[at..at + 8 + quote.len()]),
+        Family::V6 => transport_checksum(packet.destination, packet.source, number, &out[at..at + 8 + quote.len()]),
     };
     out[at + 2..at + 4].copy_from_slice(&checksum.to_be_bytes());
     at + 8 + quote.len()
 }
 
 /// Writes an IP header and returns its length.
-fn ip_header(from: Address, to: Address, family: Family, number: IpNumber, payload: usize, out: &mut [u8]) -> usize {
-    match family {
+fn ip_header(from: Address, to: Address, number: IpNumber, payload: usize, out: &mut [u8]) -> usize {
+    match from.family() {
         Family::V4 => {
             let mut header =
                 Ipv4Header::new(payload as u16, TTL, number, from.v4(), to.v4()).expect("payload is small");
@@ -83,10 +96,10 @@ fn ip_header(from: Address, to: Address, family: Family, number: IpNumber, paylo
     }
 }
 
-/// Checksum with the pseudo-header of an answer to `packet`; the field itself must be zero.
-fn transport_checksum(packet: &Packet, number: IpNumber, body: &[u8]) -> u16 {
-    let size = if packet.family == Family::V4 { 4 } else { 16 };
+/// Checksum with the pseudo-header; the field itself must be zero.
+fn transport_checksum(from: Address, to: Address, number: IpNumber, body: &[u8]) -> u16 {
+    let size = if from.is_v4() { 4 } else { 16 };
     let address = |address: Address| sum(&address.bytes()[16 - size..]);
-    let pseudo = address(packet.source) + address(packet.destination) + body.len() as u64 + u64::from(number.0);
+    let pseudo = address(from) + address(to) + body.len() as u64 + u64::from(number.0);
     !fold(pseudo + sum(body))
 }

@@ -19,7 +19,7 @@ pub struct Translation {
 }
 
 /// Offset of a transport's checksum in its header (RFC 9293 §3.1, RFC 768).
-const TCP_CHECKSUM: usize = 16;
+pub(crate) const TCP_CHECKSUM: usize = 16;
 const UDP_CHECKSUM: usize = 6;
 /// Offset of the SCTP checksum, a CRC32c over the whole packet (RFC 9260 §3.1).
 const SCTP_CHECKSUM: usize = 8;

@@ -14,3 +14,12 @@ pub fn checksum_is_partial(header: &[u8]) -> bool {
 pub fn plain(header: &mut [u8]) {
     header[..LEN].fill(0);
 }
+
+/// A header for a whole packet whose transport checksum is for the kernel to finish: the transport header lies at `start`,
+/// its checksum field `field` bytes further.
+pub fn partial(header: &mut [u8], start: usize, field: usize) {
+    plain(header);
+    header[0] = NEEDS_CSUM;
+    header[6..8].copy_from_slice(&(start as u16).to_ne_bytes());
+    header[8..10].copy_from_slice(&(field as u16).to_ne_bytes());
+}

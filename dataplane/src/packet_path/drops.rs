@@ -23,11 +23,15 @@ pub enum Drop {
     NoMasqueradeAddress,
     /// The endpoints that were tried are frontends of ours.
     Loop,
+    /// It belongs to a flow whose endpoint is gone, and asks for no answer.
+    EndpointGone,
+    /// No routing table is there yet: the client is to try again.
+    NoTable,
     /// The kernel did not take the packet back.
     Write,
 }
 
-const COUNT: usize = 13;
+const COUNT: usize = 15;
 
 impl Drop {
     /// Every reason.
@@ -44,6 +48,8 @@ impl Drop {
         Self::NoPort,
         Self::NoMasqueradeAddress,
         Self::Loop,
+        Self::EndpointGone,
+        Self::NoTable,
         Self::Write,
     ];
 
@@ -58,6 +64,8 @@ impl Drop {
             Self::NoPort => "no_masquerade_port",
             Self::NoMasqueradeAddress => "no_masquerade_address",
             Self::Loop => "loop",
+            Self::EndpointGone => "endpoint_gone",
+            Self::NoTable => "no_table",
             Self::Write => "write",
         }
     }
@@ -72,7 +80,9 @@ impl Drop {
             Self::NoPort => 9,
             Self::NoMasqueradeAddress => 10,
             Self::Loop => 11,
-            Self::Write => 12,
+            Self::EndpointGone => 12,
+            Self::NoTable => 13,
+            Self::Write => 14,
         }
     }
 }

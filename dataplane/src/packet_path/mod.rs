@@ -1,14 +1,18 @@
 //! The packet path: TUN queues, one plain thread for each, and the step that turns one packet into another.
 
 mod drops;
+mod keeper;
+mod opening;
+mod opens;
 mod shared;
 mod thread;
 mod tun;
 mod worker;
 
 pub use drops::Drops;
+pub use keeper::Keeper;
 pub use shared::{Settings, Shared};
-pub use thread::PacketPath;
+pub use thread::{PacketPath, now_ms};
 pub use tun::Tun;
 pub use worker::{Action, Worker};
 

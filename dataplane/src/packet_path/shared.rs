@@ -3,13 +3,18 @@
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 
-use crate::flow::{Address, FlowTable, FlowView};
+use crate::flow::{
+    Ended, FlowFile, FlowFileError, FlowTable, FlowView, Header, Hold, MAX_RECORDS, Masquerade, Recovery, Store,
+};
+use crate::memory::Region;
 use crate::packet_path::drops::{Drop, Drops};
-use crate::select::Affinity;
-use crate::table::{RoutingTable, Slots};
+use crate::packet_path::opens::Opens;
+use crate::select::{Affinity, Selection};
+use crate::table::{EndpointSlot, RoutingTable, Slots};
 
 /// Settings of a packet path, fixed for its life.
 #[derive(Clone, Debug)]
@@ -24,6 +29,24 @@ pub struct Settings {
     pub masquerade_ports: RangeInclusive<u16>,
     /// Seed of endpoint selection.
     pub seed: u64,
+    /// How long an endpoint that enters its list is new: it gets fewer flows under least-connections. Zero: never.
+    pub slow_start: Duration,
+    /// Failed opens in a row that eject an endpoint; 0 = none do.
+    pub eject_after: u16,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            workers: 1,
+            flow_capacity: 1 << 20,
+            masquerade_addresses: Vec::new(),
+            masquerade_ports: 61000..=65534,
+            seed: 0,
+            slow_start: Duration::from_secs(10),
+            eject_after: 5,
+        }
+    }
 }
 
 /// Shared state of a packet path.
@@ -33,24 +56,68 @@ pub struct Shared {
     pub(super) table: Arc<ArcSwap<RoutingTable>>,
     pub(super) flows: FlowTable,
     pub(super) affinity: Affinity,
+    pub(super) opens: Opens,
     pub(super) drops: Box<[Drops]>,
     pub(super) settings: Settings,
+    header: Arc<Region<Header>>,
+    hold: Hold,
+    recovery: Recovery,
 }
 
 impl Shared {
-    /// State with an empty table: every Service address is left alone until the first [`Shared::publish`].
+    /// State with an empty table: new flows wait for the first [`Shared::publish`]. It is gone with the process.
     pub fn new(settings: Settings) -> Arc<Self> {
-        let slots = Arc::new(Slots::new(settings.workers));
-        let masquerade: Vec<Address> = settings.masquerade_addresses.iter().take(255).map(|ip| (*ip).into()).collect();
-        let ports = settings.masquerade_ports.clone();
+        let capacity = settings.flow_capacity.clamp(1, MAX_RECORDS);
+        Self::over(Store::heap(capacity), settings)
+    }
+
+    /// State that the next process takes over, and that this one takes over from the last: its flows go on, by the
+    /// endpoints they have, even before the first table is published. Waits for a process that has the file to let go;
+    /// open the TUN link before, so that packets wait for us meanwhile.
+    pub fn open(settings: Settings, file: &FlowFile) -> Result<Arc<Self>, FlowFileError> {
+        let capacity = settings.flow_capacity.clamp(1, MAX_RECORDS);
+        Ok(Self::over(Store::open(file, capacity)?, settings))
+    }
+
+    fn over(store: Store, settings: Settings) -> Arc<Self> {
+        let header = || Arc::clone(&store.header);
+        let masquerade = Masquerade {
+            addresses: settings.masquerade_addresses.iter().map(|ip| (*ip).into()).collect(),
+            ports: settings.masquerade_ports.clone(),
+        };
+        let addresses = store.masquerade(&masquerade.addresses);
+        let slots = Arc::new(Slots::over(settings.workers, store.endpoints, store.ports, header()));
+        let affinity = Affinity::over(store.affinities, header());
+        let flows = FlowTable::new(store.records, header(), addresses, Arc::clone(&slots), masquerade);
+        let (flows, (found, dropped)) = flows;
         Arc::new(Self {
-            flows: FlowTable::new(settings.flow_capacity, Arc::clone(&slots), masquerade, ports),
-            affinity: Affinity::default(),
+            flows,
+            affinity,
+            opens: Opens::new(settings.flow_capacity),
             table: Arc::new(ArcSwap::from_pointee(RoutingTable::default())),
             drops: (0..settings.workers).map(|_| Drops::default()).collect(),
             slots,
             settings,
+            header: store.header,
+            hold: store.hold,
+            recovery: Recovery { flows: found, dropped, ..store.recovery },
         })
+    }
+
+    /// What was found at start.
+    pub fn recovery(&self) -> &Recovery {
+        &self.recovery
+    }
+
+    /// Whether another process wants, or has, what this one had: the packet path stops by itself.
+    pub fn is_superseded(&self) -> bool {
+        self.hold.is_wanted(&self.header[0])
+    }
+
+    /// Hands over: nothing is written from now on. No packet thread may run.
+    pub(super) fn release(&self) {
+        self.slots.release();
+        self.hold.release();
     }
 
     /// Swaps the routing table; each thread uses it from its next packet on.
@@ -81,6 +148,17 @@ impl Shared {
     /// Flows pushed out of a full table so far.
     pub fn evictions(&self) -> u64 {
         self.flows.evictions()
+    }
+
+    /// What selection goes by now.
+    pub(super) fn selection<'s>(&'s self, now_ms: u64, avoid: &'s [EndpointSlot]) -> Selection<'s> {
+        let slow_start_ms = self.settings.slow_start.as_millis() as u64;
+        Selection { slots: &self.slots, now_ms, slow_start_ms, avoid }
+    }
+
+    /// Flows ended so far because their endpoints were gone.
+    pub fn ended(&self) -> Ended {
+        self.flows.ended()
     }
 
     /// Packets dropped so far, by reason label.

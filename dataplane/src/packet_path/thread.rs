@@ -1,10 +1,10 @@
-//! The loop: one plain thread a queue, and one that sweeps expired flows.
+//! The loops: one plain thread a queue, and one for the keeper.
 #![expect(unsafe_code, reason = "a signal wakes a thread from its read")]
 
 use std::io;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -12,29 +12,45 @@ use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction
 use nix::time::{ClockId, clock_gettime};
 
 use crate::packet_path::drops::Drop as DropReason;
+use crate::packet_path::keeper::Keeper;
 use crate::packet_path::shared::Shared;
-use crate::packet_path::tun::{FRAME_LIMIT, Queue, Tun};
+use crate::packet_path::tun::{FRAME_LIMIT, Queue, Sender, Tun};
 use crate::packet_path::worker::{Action, Worker};
 
 /// Interrupts a blocking read; ignored by everything that does not ask for it.
 const WAKE: Signal = Signal::SIGURG;
-/// A flow is looked at by the sweep once in this many rounds.
-const SWEEP_ROUNDS: usize = 4;
-const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
-/// Records swept under one hold of the flow table's lock.
-const SWEEP_STEP: usize = 256;
+/// Between two rounds of the keeper: how long an endpoint's end takes to reach its flows, at most.
+const ROUND: Duration = Duration::from_millis(20);
 
-/// Milliseconds of the monotonic clock, some behind: the coarse clock costs a few nanoseconds.
+/// Frames taken from a queue after its thread was told to stop: as many as a link holds by default.
+const LAST_FRAMES: usize = 500;
+
+/// Milliseconds of the monotonic clock, some behind: the coarse clock costs a few nanoseconds. Deadlines are in its terms.
 #[expect(clippy::disallowed_methods, reason = "the one place where the packet path learns the time")]
-pub(super) fn now_ms() -> u64 {
+pub fn now_ms() -> u64 {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE).expect("Linux has this clock");
     now.tv_sec() as u64 * 1000 + now.tv_nsec() as u64 / 1_000_000
 }
 
-/// The running packet path.
+/// How the packet path is to end.
+const RUN: u8 = 0;
+const KEEP_LINK: u8 = 1;
+const REMOVE_LINK: u8 = 2;
+
+/// What the threads and their owner tell each other.
+#[derive(Default)]
+struct Course {
+    end: AtomicU8,
+    /// Packet threads are to end.
+    stop: AtomicBool,
+    /// A packet thread ended by itself.
+    broken: AtomicBool,
+}
+
+/// The running packet path. Dropping it stops it and leaves a persistent link, as if the process had died.
 pub struct PacketPath {
-    stop: Arc<AtomicBool>,
-    threads: Vec<JoinHandle<()>>,
+    course: Arc<Course>,
+    keeper: Option<JoinHandle<()>>,
 }
 
 impl PacketPath {
@@ -44,41 +60,63 @@ impl PacketPath {
         let action = SigAction::new(SigHandler::Handler(woken), SaFlags::empty(), SigSet::empty());
         // SAFETY: the handler does nothing, which is safe in a signal handler.
         unsafe { sigaction(WAKE, &action) }?;
-        let stop = Arc::new(AtomicBool::new(false));
-        let mut path = Self { stop, threads: Vec::new() };
-        for (number, queue) in tun.into_queues().into_iter().enumerate() {
-            let (worker, stop) = (Worker::new(Arc::clone(&shared), number), Arc::clone(&path.stop));
-            let drops = Arc::clone(&shared);
-            path.spawn(format!("packets-{number}"), move || run(queue, worker, &drops, number, &stop))?;
+        let course = Arc::new(Course::default());
+        let queues = tun.into_queues();
+        let out = queues.first().ok_or(io::ErrorKind::InvalidInput)?.sender()?;
+        let mut threads = Threads { course: Arc::clone(&course), threads: Vec::new() };
+        for (number, queue) in queues.into_iter().enumerate() {
+            let (worker, shared) = (Worker::new(Arc::clone(&shared), number), Arc::clone(&shared));
+            let course = Arc::clone(&course);
+            let body = move || run(queue, worker, &shared, number, &course);
+            threads.threads.push(std::thread::Builder::new().name(format!("packets-{number}")).spawn(body)?);
         }
-        let stop = Arc::clone(&path.stop);
-        path.spawn("sweep".to_owned(), move || sweep(&shared, &stop))?;
-        Ok(path)
+        let body = move || keep(out, &shared, threads);
+        let keeper = std::thread::Builder::new().name("keeper".to_owned()).spawn(body)?;
+        Ok(Self { course, keeper: Some(keeper) })
     }
 
-    /// Whether every thread still runs. They end by themselves only when the link is taken away.
+    /// Whether every thread still runs. They end by themselves only when the link is taken away, or when another process
+    /// takes over ([`Shared::is_superseded`]).
     pub fn is_running(&self) -> bool {
-        !self.threads.iter().any(JoinHandle::is_finished)
+        !self.course.broken.load(Relaxed) && self.keeper.as_ref().is_some_and(|keeper| !keeper.is_finished())
     }
 
-    /// Stops all threads and closes the queues.
+    /// Stops all threads, closes the queues and removes the link.
     pub fn stop(mut self) {
-        self.stop_threads();
+        self.end(REMOVE_LINK);
     }
 
-    fn spawn(&mut self, name: String, body: impl FnOnce() + Send + 'static) -> io::Result<()> {
-        self.threads.push(std::thread::Builder::new().name(name).spawn(body)?);
-        Ok(())
+    fn end(&mut self, how: u8) {
+        let Some(keeper) = self.keeper.take() else { return };
+        self.course.end.store(how, Relaxed);
+        keeper.thread().unpark();
+        if keeper.join().is_err() {
+            tracing::error!("the keeper panicked");
+        }
     }
+}
 
-    fn stop_threads(&mut self) {
-        self.stop.store(true, Relaxed);
+impl Drop for PacketPath {
+    fn drop(&mut self) {
+        self.end(KEEP_LINK);
+    }
+}
+
+/// The packet threads, which are stopped when this is dropped.
+struct Threads {
+    course: Arc<Course>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        self.course.stop.store(true, Relaxed);
         for thread in std::mem::take(&mut self.threads) {
             while !thread.is_finished() {
                 // A signal that comes just before the read is lost, so it is repeated.
                 // SAFETY: the thread is not joined yet, so its handle is valid.
                 unsafe { libc::pthread_kill(thread.as_pthread_t(), WAKE as libc::c_int) };
-                std::thread::sleep(Duration::from_millis(1));
+                std::thread::sleep(Duration::from_micros(200));
             }
             if thread.join().is_err() {
                 tracing::error!("a packet thread panicked");
@@ -87,23 +125,10 @@ impl PacketPath {
     }
 }
 
-impl Drop for PacketPath {
-    fn drop(&mut self) {
-        self.stop_threads();
-    }
-}
-
-fn run(mut queue: Queue, mut worker: Worker, shared: &Shared, thread: usize, stop: &AtomicBool) {
+fn run(mut queue: Queue, mut worker: Worker, shared: &Shared, thread: usize, course: &Course) {
     let mut frame = vec![0; FRAME_LIMIT];
-    while !stop.load(Relaxed) {
-        let length = match queue.read(&mut frame) {
-            Ok(length) => length,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => {
-                tracing::error!(%error, thread, "the TUN link cannot be read any more");
-                return;
-            }
-        };
+    let mut pass = |queue: &mut Queue| {
+        let length = queue.read(&mut frame)?;
         let sent = match worker.handle(&mut frame[..length], now_ms()) {
             Action::Send => queue.send(&frame[..length]),
             Action::Answer(length) => queue.send(worker.answer(length)),
@@ -112,18 +137,46 @@ fn run(mut queue: Queue, mut worker: Worker, shared: &Shared, thread: usize, sto
         if sent.is_err() {
             shared.drops[thread].count(DropReason::Write);
         }
+        Ok::<(), io::Error>(())
+    };
+    while !course.stop.load(Relaxed) {
+        match pass(&mut queue) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => {
+                tracing::error!(%error, thread, "the TUN link cannot be read any more");
+                course.broken.store(true, Relaxed);
+                return;
+            }
+        }
+    }
+    // What waits in the queue would be lost with it.
+    if queue.stop_waiting().is_ok() {
+        let _ = (0..LAST_FRAMES).try_for_each(|_| pass(&mut queue));
     }
 }
 
-fn sweep(shared: &Shared, stop: &AtomicBool) {
-    while !stop.load(Relaxed) {
-        std::thread::park_timeout(SWEEP_INTERVAL);
-        let mut left = shared.flows.used().div_ceil(SWEEP_ROUNDS);
-        while left > 0 && !stop.load(Relaxed) {
-            let step = left.min(SWEEP_STEP);
-            shared.flows.sweep(now_ms(), step);
-            left -= step;
+fn keep(mut out: Sender, shared: &Arc<Shared>, threads: Threads) {
+    let course = Arc::clone(&threads.course);
+    let mut keeper = Keeper::new(Arc::clone(shared));
+    let mut send = |frame: &[u8]| {
+        if out.send(frame).is_err() {
+            shared.drops[0].count(DropReason::Write);
         }
-        shared.affinity.sweep(now_ms());
+    };
+    while course.end.load(Relaxed) == RUN && !shared.is_superseded() {
+        if !keeper.round(now_ms(), &mut send) {
+            std::thread::park_timeout(ROUND);
+        }
+    }
+    drop(threads);
+    if course.end.load(Relaxed) == REMOVE_LINK
+        && !shared.is_superseded()
+        && let Err(error) = out.forget_link()
+    {
+        tracing::error!(%error, "the TUN link cannot be removed");
+    }
+    if shared.is_superseded() {
+        shared.release();
     }
 }

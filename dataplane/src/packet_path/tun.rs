@@ -5,6 +5,8 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
 use crate::packet::vnet;
 
 /// Bytes of the largest frame: offload header and an IP packet.
@@ -22,11 +24,12 @@ const TUN_F_TSO_ECN: libc::c_ulong = 0x08;
 const TUN_F_USO4: libc::c_ulong = 0x20;
 const TUN_F_USO6: libc::c_ulong = 0x40;
 
+nix::ioctl_write_int_bad!(tun_set_persist, nix::request_code_write!(b'T', 203, size_of::<libc::c_int>()));
 nix::ioctl_write_ptr_bad!(tun_set_iff, nix::request_code_write!(b'T', 202, size_of::<libc::c_int>()), libc::ifreq);
 nix::ioctl_write_int_bad!(tun_set_offload, nix::request_code_write!(b'T', 208, size_of::<libc::c_uint>()));
 nix::ioctl_write_ptr_bad!(tun_set_vnet_header_size, nix::request_code_write!(b'T', 216, size_of::<libc::c_int>()), i32);
 
-/// A multi-queue TUN link with offload headers. The link goes when the last queue is closed.
+/// A multi-queue TUN link with offload headers. The link goes when the last queue is closed, unless it is persistent.
 #[derive(Debug)]
 pub struct Tun {
     queues: Vec<Queue>,
@@ -39,6 +42,12 @@ impl Tun {
     /// `ResourceBusy` when the link belongs to others.
     pub fn open(name: &str, queues: usize) -> io::Result<Self> {
         Ok(Self { queues: (0..queues).map(|_| Queue::open(name)).collect::<io::Result<_>>()? })
+    }
+
+    /// Lets the link stay when this process ends, however it does; [`PacketPath::stop`](super::PacketPath::stop) removes
+    /// it all the same.
+    pub fn persist(&self) -> io::Result<()> {
+        self.queues.iter().try_for_each(|queue| set_persist(&queue.0, true))
     }
 
     pub(super) fn into_queues(self) -> Vec<Queue> {
@@ -76,6 +85,18 @@ impl Queue {
         Ok(Self(file))
     }
 
+    /// A way to send through the queue from another thread.
+    pub(super) fn sender(&self) -> io::Result<Sender> {
+        self.0.try_clone().map(Sender)
+    }
+
+    /// Lets reads fail, with [`io::ErrorKind::WouldBlock`], rather than wait.
+    pub(super) fn stop_waiting(&self) -> io::Result<()> {
+        let flags = OFlag::from_bits_retain(fcntl(&self.0, FcntlArg::F_GETFL)?);
+        fcntl(&self.0, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        Ok(())
+    }
+
     /// Waits for a frame.
     pub(super) fn read(&mut self, frame: &mut [u8]) -> io::Result<usize> {
         self.0.read(frame)
@@ -85,4 +106,26 @@ impl Queue {
     pub(super) fn send(&mut self, frame: &[u8]) -> io::Result<()> {
         self.0.write(frame).map(|_| ())
     }
+}
+
+/// Sends through a queue and never reads it: for threads other than the queue's own.
+#[derive(Debug)]
+pub(super) struct Sender(File);
+
+impl Sender {
+    /// Lets the link go with its last queue.
+    pub(super) fn forget_link(&self) -> io::Result<()> {
+        set_persist(&self.0, false)
+    }
+
+    /// Hands a frame to the kernel, which routes it.
+    pub(super) fn send(&mut self, frame: &[u8]) -> io::Result<()> {
+        self.0.write(frame).map(|_| ())
+    }
+}
+
+fn set_persist(file: &File, persist: bool) -> io::Result<()> {
+    // SAFETY: the descriptor is open; the argument is a plain number.
+    unsafe { tun_set_persist(file.as_raw_fd(), libc::c_int::from(persist)) }?;
+    Ok(())
 }

@@ -1,7 +1,6 @@
 //! The pure step of a packet thread: one packet and the time in, what to do with it out. No I/O, no clock, no allocation;
 //! a lock only where a flow begins or is missing.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -13,9 +12,10 @@ use crate::net::{Direction, Protocol};
 use crate::packet::view::{Packet, Tcp, Transport};
 use crate::packet::{icmp, reply, rewrite, vnet};
 use crate::packet_path::drops::Drop;
+use crate::packet_path::opening::Opening;
 use crate::packet_path::shared::Shared;
 use crate::select::select;
-use crate::table::{Endpoint, RoutingTable};
+use crate::table::{Endpoint, RoutingTable, Standing};
 
 /// What to do with the packet that was handled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,11 +30,11 @@ pub enum Action {
 
 /// One packet thread's own state.
 pub struct Worker {
-    shared: Arc<Shared>,
-    table: Cache<Arc<arc_swap::ArcSwap<RoutingTable>>, Arc<RoutingTable>>,
-    thread: usize,
-    rng: fastrand::Rng,
-    answer: Box<[u8; vnet::LEN + reply::LIMIT]>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) table: Cache<Arc<arc_swap::ArcSwap<RoutingTable>>, Arc<RoutingTable>>,
+    pub(super) thread: usize,
+    pub(super) rng: fastrand::Rng,
+    pub(super) answer: Box<[u8; vnet::LEN + reply::LIMIT]>,
 }
 
 impl Worker {
@@ -73,7 +73,7 @@ impl Worker {
             Transport::Tcp(tcp) => self.of_flow(bytes, &packet, Protocol::Tcp, Some(tcp), partial, now_ms),
             Transport::Udp => self.of_flow(bytes, &packet, Protocol::Udp, None, partial, now_ms),
             Transport::Sctp => self.of_flow(bytes, &packet, Protocol::Sctp, None, partial, now_ms),
-            Transport::Icmp(kind) if icmp::is_error(packet.family, kind) => self.icmp_error(bytes, &packet),
+            Transport::Icmp(kind) if icmp::is_error(packet.family, kind) => self.icmp_error(bytes, &packet, now_ms),
             Transport::Icmp(_) | Transport::Other => self.without_ports(bytes, &packet),
             Transport::Fragment => Err(Drop::Fragment),
         }
@@ -89,19 +89,23 @@ impl Worker {
         now_ms: u64,
     ) -> Result<Action, Drop> {
         let key = packet.key(protocol);
-        let hit = match self.shared.flows.find(&key) {
-            Some(hit) if self.goes_on(&hit, tcp) => hit,
-            Some(over) => {
-                self.shared.flows.close(&over);
-                match self.open(bytes, packet, &key, tcp, now_ms)? {
+        let found = self.shared.flows.find(&key);
+        let hit = match found.map(|hit| (self.standing(&hit, tcp), hit)) {
+            Some((Stands::GoesOn, hit)) => match tcp.filter(|_| hit.state() == State::Opening) {
+                Some(tcp) => match self.opening(hit, &tcp, now_ms)? {
+                    Opening::GoesOn(hit) => hit,
+                    Opening::Instead(action) => return Ok(action),
+                },
+                None => hit,
+            },
+            Some((Stands::Ended, _)) => return self.answer_ended(bytes, packet, tcp),
+            over => {
+                over.inspect(|(_, over)| self.shared.flows.close(over));
+                match self.open(bytes, packet, &key, tcp, partial, now_ms)? {
                     Opened::Flow(hit) => hit,
                     Opened::Not(action) => return Ok(action),
                 }
             }
-            None => match self.open(bytes, packet, &key, tcp, now_ms)? {
-                Opened::Flow(hit) => hit,
-                Opened::Not(action) => return Ok(action),
-            },
         };
         let flows = &self.shared.flows;
         rewrite::rewrite(bytes, packet, partial, &hit.fields().translation(hit.direction, flows.masquerade()));
@@ -109,28 +113,49 @@ impl Worker {
             Some(tcp) => flows.see_tcp(&hit, &tcp, packet.length, now_ms),
             None => flows.see_datagram(&hit, packet.length, now_ms),
         }
+        self.count_traffic(&hit, packet.length);
+        Ok(Action::Send)
+    }
+
+    /// Counts a packet of the flow.
+    pub(super) fn count_traffic(&self, hit: &Hit, length: usize) {
         let (slots, at) = (&self.shared.slots, hit.direction.index());
         let endpoint = slots.endpoint(self.thread, hit.fields().endpoint_slot);
         let port = slots.port(self.thread, hit.fields().port_slot);
         for (bytes, packets) in [(&endpoint.bytes, &endpoint.packets), (&port.bytes, &port.packets)] {
-            count(&bytes[at], packet.length as u64);
+            count(&bytes[at], length as u64);
             count(&packets[at], 1);
         }
-        Ok(Action::Send)
     }
 
-    /// Whether the packet belongs to this life of the flow: a SYN on a finished one begins a new flow, and so does a
-    /// datagram to an endpoint that is gone.
-    fn goes_on(&self, hit: &Hit, tcp: Option<Tcp>) -> bool {
-        if hit.direction == Direction::Reply {
-            return true;
-        }
-        match tcp {
-            Some(tcp) => !(tcp.syn && !tcp.ack && hit.state() == State::Closing),
-            None => {
-                let (fields, slots) = (hit.fields(), &self.shared.slots);
-                fields.request.protocol != Protocol::Udp || slots.epoch(fields.endpoint_slot) as u16 == fields.epoch
+    /// How the flow stands to a packet of it. A SYN on a finished flow begins a new one, and so does a datagram to an
+    /// endpoint that no longer serves; a connection to an endpoint that is gone is over.
+    fn standing(&self, hit: &Hit, tcp: Option<Tcp>) -> Stands {
+        let fields = hit.fields();
+        let endpoint = self.shared.slots.endpoint(self.thread, fields.endpoint_slot).standing();
+        match (tcp, hit.direction) {
+            (Some(tcp), direction) => {
+                let begins = direction == Direction::Request && tcp.syn && !tcp.ack;
+                let ended = endpoint == Standing::Gone || hit.state() == State::Reset;
+                match (begins, ended) {
+                    (true, _) if ended || hit.state().is_finished() => Stands::Over,
+                    (false, true) => Stands::Ended,
+                    (_, _) => Stands::GoesOn,
+                }
             }
+            (None, Direction::Reply) => Stands::GoesOn,
+            (None, Direction::Request) => match (endpoint, fields.request.protocol) {
+                (Standing::Gone, _) | (Standing::NoDatagrams, Protocol::Udp) => Stands::Over,
+                (Standing::Serves | Standing::NoDatagrams, _) => Stands::GoesOn,
+            },
+        }
+    }
+
+    /// Answers a segment of a flow that we ended, or are about to end: not a byte of it goes on.
+    fn answer_ended(&mut self, bytes: &[u8], packet: &Packet, tcp: Option<Tcp>) -> Result<Action, Drop> {
+        match tcp {
+            Some(tcp) if !tcp.rst => refuse(bytes, packet, &mut self.answer[..]),
+            Some(_) | None => Err(Drop::EndpointGone),
         }
     }
 
@@ -141,9 +166,13 @@ impl Worker {
         packet: &Packet,
         key: &FlowKey,
         tcp: Option<Tcp>,
+        partial: bool,
         now_ms: u64,
     ) -> Result<Opened, Drop> {
         let table = self.table.load();
+        if table.generation() == 0 {
+            return Err(Drop::NoTable);
+        }
         let flow = NewFlow { client: key.source.ip(), destination: key.destination(), protocol: key.protocol };
         let decision = table.decide(&flow);
         let first = tcp.is_none_or(|tcp| tcp.syn && !tcp.ack);
@@ -167,8 +196,12 @@ impl Worker {
                 let (shared, slot) = (&self.shared, frontend.port.slot);
                 let sticky = frontend.port.affinity.map(|timeout| (timeout, key.source));
                 let chosen = sticky
-                    .and_then(|(_, client)| shared.affinity.recall(slot, client, endpoints, now_ms))
-                    .unwrap_or_else(|| select(frontend.port.balancing, slot, endpoints, &shared.slots, &mut self.rng));
+                    .and_then(|(_, client)| shared.affinity.recall(slot, client, endpoints, &shared.slots, now_ms))
+                    .or_else(|| {
+                        let selection = shared.selection(now_ms, &[]);
+                        select(frontend.port.balancing, slot, endpoints, &selection, &mut self.rng)
+                    })
+                    .ok_or(Drop::Rule)?;
                 let new = NewFlowRecord {
                     request: *key,
                     endpoint: endpoints[chosen].address,
@@ -179,8 +212,11 @@ impl Worker {
                 };
                 let hit = open_at(shared, table, new, endpoints, chosen, masquerade, now_ms)?;
                 if let Some((timeout, client)) = sticky {
-                    let endpoint = SocketAddr::new(hit.fields().endpoint.ip(), hit.fields().endpoint_port);
-                    shared.affinity.remember(slot, client, endpoint, timeout, now_ms);
+                    let (endpoint, slots) = (hit.fields().endpoint_slot, &shared.slots);
+                    shared.affinity.remember(slot, client, endpoint, slots, timeout, now_ms);
+                }
+                if tcp.is_some() && frontend.port.retry && endpoints.len() > 1 {
+                    shared.opens.keep(key, hit.fields().endpoint_slot, &bytes[..packet.length], partial);
                 }
                 let endpoint = shared.slots.endpoint(self.thread, hit.fields().endpoint_slot);
                 count(&endpoint.opened, 1);
@@ -190,12 +226,21 @@ impl Worker {
         }
     }
 
-    fn icmp_error(&mut self, bytes: &mut [u8], packet: &Packet) -> Result<Action, Drop> {
+    fn icmp_error(&mut self, bytes: &mut [u8], packet: &Packet, now_ms: u64) -> Result<Action, Drop> {
         let quoted = icmp::quoted(bytes, packet).map_err(Drop::Malformed)?;
         let flows = &self.shared.flows;
         let hit = quoted.protocol().and_then(|protocol| flows.find(&icmp::key_of_receiver(&quoted, protocol)));
         if let Some(hit) = hit {
-            let translation = hit.fields().translation(hit.direction, flows.masquerade());
+            let endpoint = self.shared.slots.endpoint(self.thread, hit.fields().endpoint_slot);
+            if endpoint.standing() == Standing::Gone || hit.state() == State::Reset {
+                return Err(Drop::EndpointGone);
+            }
+            if icmp::is_unreachable(bytes, packet)
+                && let Some(action) = self.unreachable(&hit, &quoted, now_ms)?
+            {
+                return Ok(action);
+            }
+            let translation = hit.fields().translation(hit.direction, self.shared.flows.masquerade());
             icmp::translate(bytes, packet, &quoted, &translation);
             return Ok(Action::Send);
         }
@@ -216,6 +261,15 @@ impl Worker {
     }
 }
 
+/// How a flow stands to a packet of it.
+enum Stands {
+    GoesOn,
+    /// The packet begins another flow.
+    Over,
+    /// The packet goes nowhere.
+    Ended,
+}
+
 /// How the first packet of a flow ended.
 enum Opened {
     Flow(Hit),
@@ -223,7 +277,7 @@ enum Opened {
 }
 
 /// Opens the flow at the chosen endpoint or, where its packets could not be told from another flow's, at a neighbour.
-fn open_at(
+pub(super) fn open_at(
     shared: &Shared,
     table: &RoutingTable,
     mut new: NewFlowRecord,
@@ -233,10 +287,7 @@ fn open_at(
     now_ms: u64,
 ) -> Result<Hit, Drop> {
     let flows = &shared.flows;
-    let address = |client: Address| {
-        let position = flows.masquerade().iter().position(|address| address.family() == client.family());
-        position.map(|index| SourceChoice::Masquerade(index as u8)).ok_or(Drop::NoMasqueradeAddress)
-    };
+    let address = |client: Address| flows.masquerade_of(client.family()).ok_or(Drop::NoMasqueradeAddress);
     let protocol = new.request.protocol;
     let around = endpoints[chosen..].iter().chain(&endpoints[..chosen]);
     let usable = around.filter(|endpoint| !table.leads_back(endpoint.address, protocol));
@@ -264,7 +315,7 @@ fn refuse(bytes: &[u8], packet: &Packet, answer: &mut [u8]) -> Result<Action, Dr
     vnet::plain(header);
     let length = match packet.transport {
         Transport::Tcp(tcp) if tcp.rst => return Err(Drop::NoFlow),
-        Transport::Tcp(tcp) => reply::reset(packet, &tcp, out),
+        Transport::Tcp(tcp) => reply::answering_reset(packet, &tcp, out),
         Transport::Udp | Transport::Sctp | Transport::Icmp(_) | Transport::Fragment | Transport::Other => {
             reply::port_unreachable(bytes, packet, out)
         }
@@ -273,6 +324,6 @@ fn refuse(bytes: &[u8], packet: &Packet, answer: &mut [u8]) -> Result<Action, Dr
 }
 
 /// Adds to a cell that only this thread writes.
-fn count(cell: &std::sync::atomic::AtomicU64, more: u64) {
+pub(super) fn count(cell: &std::sync::atomic::AtomicU64, more: u64) {
     cell.store(cell.load(Relaxed) + more, Relaxed);
 }

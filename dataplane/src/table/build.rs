@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use ahash::{AHashMap, AHashSet};
 
+use super::identity::{EndpointName, Numbers, PortName};
 use super::{
-    Endpoint, EndpointList, EndpointSlot, Endpoints, Frontend, FrontendKey, FrontendKind, Node, NodeSpec, PortSlot,
-    PortSpec, RoutingTable, ServiceName, ServicePort, ServiceSpec, Slots,
+    Endpoint, EndpointList, EndpointSlot, EndpointSpec, Endpoints, Frontend, FrontendKey, FrontendKind, Life, Node,
+    NodeSpec, PortSlot, PortSpec, RoutingTable, ServiceName, ServicePort, ServiceSpec, Slots, Uid,
 };
 use crate::net::Protocol;
 
@@ -22,10 +23,6 @@ pub struct Conflict {
     pub loser: ServiceName,
 }
 
-/// A Service port across families and tables: whose counters these are.
-#[derive(Clone, PartialEq, Eq, Hash)]
-struct PortName(ServiceName, Arc<str>, Protocol);
-
 /// Seniority of a claim: creation time, then name; none counts as youngest.
 type Seniority = (i64, ServiceName);
 
@@ -35,7 +32,7 @@ pub struct TableBuilder {
     services: AHashMap<ServiceName, Owned>,
     claims: AHashMap<FrontendKey, Vec<(Seniority, Arc<Frontend>)>>,
     port_slots: Numbers<PortName>,
-    endpoint_slots: Numbers<(PortName, SocketAddr)>,
+    endpoint_slots: Numbers<EndpointName>,
     table: RoutingTable,
 }
 
@@ -43,17 +40,21 @@ pub struct TableBuilder {
 struct Owned {
     spec: ServiceSpec,
     frontends: Vec<FrontendKey>,
+    /// Endpoints that are in a list.
+    listed: AHashSet<EndpointSlot>,
 }
 
 impl TableBuilder {
-    /// A builder of empty tables that counts in `slots`.
+    /// A builder of empty tables that counts in `slots`, where endpoints of the last process have theirs.
     pub fn new(slots: Arc<Slots>) -> Self {
+        let recovered = slots.directory.recovered();
+        let is_gone = |slot| matches!(slots.life(EndpointSlot(slot)), Some(Life::Gone(_)));
         Self {
+            port_slots: Numbers::recover(&recovered.ports, |_| false),
+            endpoint_slots: Numbers::recover(&recovered.endpoints, is_gone),
             slots,
             services: AHashMap::new(),
             claims: AHashMap::new(),
-            port_slots: Numbers::default(),
-            endpoint_slots: Numbers::default(),
             table: RoutingTable::default(),
         }
     }
@@ -82,7 +83,7 @@ impl TableBuilder {
 
     /// Slot of a Service port that is in force.
     pub fn port_slot(&self, service: &ServiceName, port: &str, protocol: Protocol) -> Option<PortSlot> {
-        self.port_slots.get(&PortName(service.clone(), port.into(), protocol)).map(PortSlot)
+        self.port_slots.get(&port_name(service, port, protocol)).map(PortSlot)
     }
 
     /// Slot of an endpoint of a Service port that is in force.
@@ -93,8 +94,15 @@ impl TableBuilder {
         protocol: Protocol,
         endpoint: SocketAddr,
     ) -> Option<EndpointSlot> {
-        let name = PortName(service.clone(), port.into(), protocol);
-        self.endpoint_slots.get(&(name, endpoint)).map(EndpointSlot)
+        let ports = &self.services.get(service)?.spec.ports;
+        let mut same = ports.iter().filter(|spec| spec.name == port && spec.protocol == protocol);
+        let endpoint = same.find_map(|spec| endpoints_of(spec).find(|other| other.address == endpoint))?;
+        self.endpoint_slots.get(&endpoint_name(port_name(service, port, protocol), &endpoint)).map(EndpointSlot)
+    }
+
+    /// Every endpoint that has a slot: those in force, and those that left and have flows or had until recently.
+    pub fn endpoints(&self) -> impl Iterator<Item = (&EndpointName, EndpointSlot)> {
+        self.endpoint_slots.iter().map(|(name, slot)| (name, EndpointSlot(slot)))
     }
 
     /// Puts a Service in place of what it had; an equal spec changes nothing. Returns whether something changed.
@@ -107,6 +115,15 @@ impl TableBuilder {
         let seniority = (spec.created.unwrap_or(i64::MAX), spec.name.clone());
         // New claims and slots come first, so that what stays keeps its slot.
         let ports: Vec<Arc<ServicePort>> = spec.ports.iter().map(|port| self.port(&spec, port)).collect();
+        let listed = listed(&ports);
+        let was_listed = old.as_ref().map(|old| &old.listed);
+        for slot in &listed {
+            // After a restart nothing is known of the last lists: who was in one then is not new.
+            let is_new = was_listed.map_or(!self.slots.has_entered(*slot), |before| !before.contains(slot));
+            if is_new {
+                self.slots.enter(*slot);
+            }
+        }
         if let Some(old) = old {
             self.withdraw(&old, Some(&spec));
         }
@@ -118,7 +135,7 @@ impl TableBuilder {
                 frontends.push(key);
             }
         }
-        self.services.insert(spec.name.clone(), Owned { spec, frontends });
+        self.services.insert(spec.name.clone(), Owned { spec, frontends, listed });
         true
     }
 
@@ -154,12 +171,21 @@ impl TableBuilder {
         Arc::new(self.table.clone())
     }
 
+    /// Says that all there is was set: endpoints of the last process that did not come back have left meanwhile, and drain
+    /// or are gone. Call it once, after the first full sync and before the first table is published.
+    pub fn synced(&mut self) {
+        for slot in self.endpoint_slots.settle() {
+            self.slots.leave(EndpointSlot(slot));
+        }
+        self.port_slots.settle();
+    }
+
     /// Gives slots that were retired before the last call, and whose endpoints have no flows, back for others. Call it now
     /// and then: between two calls every packet thread has seen a newer table.
     pub fn release_idle(&mut self) {
         let slots = &self.slots;
         self.endpoint_slots.release(|slot| {
-            let idle = slots.active(EndpointSlot(slot)) == 0;
+            let idle = slots.held(EndpointSlot(slot)) == 0;
             if idle {
                 slots.clear_endpoint(EndpointSlot(slot));
             }
@@ -172,32 +198,46 @@ impl TableBuilder {
     }
 
     fn port(&mut self, spec: &ServiceSpec, port: &PortSpec) -> Arc<ServicePort> {
-        let name = PortName(spec.name.clone(), port.name.as_str().into(), port.protocol);
+        let name = port_name(&spec.name, &port.name, port.protocol);
+        let slots = &self.slots;
+        let slot = PortSlot(self.port_slots.intern(
+            &name,
+            |_| false,
+            |slot, identity| slots.assign_port(PortSlot(slot), identity),
+        ));
+        let mut endpoints = AHashMap::new();
+        for endpoint in endpoints_of(port) {
+            endpoints.insert(endpoint.address, self.endpoint(&name, port, &endpoint));
+        }
         let vips = if port.source_ranges_admit_vips { port.load_balancer_ips.clone() } else { Vec::new() };
         Arc::new(ServicePort {
             service: spec.name.clone(),
-            name: Arc::clone(&name.1),
+            name: name.port,
             protocol: port.protocol,
             number: port.number,
             family: port.family,
-            slot: PortSlot(self.port_slots.intern(&name)),
+            slot,
             source_ranges: port.source_ranges.clone(),
             source_range_vips: vips,
             internal_policy: port.internal_policy,
             external_policy: port.external_policy,
             affinity: port.affinity,
             balancing: port.balancing,
-            cluster: self.endpoints(&name, &port.cluster),
-            local: self.endpoints(&name, &port.local),
+            retry: port.retry,
+            cluster: pick(&endpoints, &port.cluster),
+            local: pick(&endpoints, &port.local),
             has_any_endpoint: port.has_any_endpoint,
         })
     }
 
-    fn endpoints(&mut self, port: &PortName, list: &EndpointList) -> Endpoints {
-        let mut slot = |address| EndpointSlot(self.endpoint_slots.intern(&(port.clone(), address)));
-        let list_of =
-            list.addresses.iter().map(|address| Endpoint { address: *address, slot: slot(*address) }).collect();
-        Endpoints { list: list_of, why: list.why.as_str().into() }
+    /// Gives an endpoint a slot and takes in what is known of its life. One that was gone begins another life.
+    fn endpoint(&mut self, port: &PortName, spec: &PortSpec, endpoint: &EndpointSpec) -> Endpoint {
+        let (slots, name) = (&self.slots, endpoint_name(port.clone(), endpoint));
+        let is_gone = |slot| matches!(slots.life(EndpointSlot(slot)), Some(Life::Gone(_)));
+        let assign = |slot, identity| slots.assign_endpoint(EndpointSlot(slot), identity);
+        let slot = EndpointSlot(self.endpoint_slots.intern(&name, is_gone, assign));
+        slots.see(slot, endpoint.condition, endpoint.drain, spec.drain_timeout);
+        Endpoint { address: endpoint.address, slot }
     }
 
     /// Takes back what a Service had, except slots that `next` goes on using.
@@ -207,15 +247,12 @@ impl TableBuilder {
         }
         let keep = next.map(slots_of).unwrap_or_default();
         for (port, endpoint) in slots_of(&old.spec).difference(&keep) {
-            match endpoint {
-                Some(address) => {
-                    if let Some(slot) = self.endpoint_slots.retire(&(port.clone(), *address)) {
-                        self.slots.end_epoch(EndpointSlot(slot));
-                    }
-                }
-                None => {
-                    self.port_slots.retire(port);
-                }
+            let Some((address, uid)) = *endpoint else {
+                self.port_slots.retire(port);
+                continue;
+            };
+            if let Some(slot) = self.endpoint_slots.retire(&EndpointName { port: port.clone(), address, uid }) {
+                self.slots.leave(EndpointSlot(slot));
             }
         }
     }
@@ -273,76 +310,51 @@ fn frontends_of(port: &PortSpec) -> impl Iterator<Item = (FrontendKey, FrontendK
         .chain(node_port)
 }
 
-/// Every slot a Service uses: its ports, and the endpoints that serve, in a list or not.
-fn slots_of(spec: &ServiceSpec) -> AHashSet<(PortName, Option<SocketAddr>)> {
+/// Every slot a Service uses: its ports and their endpoints, in a list or not.
+fn slots_of(spec: &ServiceSpec) -> AHashSet<(PortName, Option<(SocketAddr, Uid)>)> {
     let mut slots = AHashSet::new();
     for port in &spec.ports {
-        let name = PortName(spec.name.clone(), port.name.as_str().into(), port.protocol);
-        let lists = [&port.cluster.addresses, &port.local.addresses, &port.serving];
-        slots.extend(lists.into_iter().flatten().map(|address| (name.clone(), Some(*address))));
+        let name = port_name(&spec.name, &port.name, port.protocol);
+        slots.extend(endpoints_of(port).map(|endpoint| (name.clone(), Some((endpoint.address, endpoint.uid)))));
         slots.insert((name, None));
     }
     slots
 }
 
-/// Numbers for names; a retired name keeps its number until it is released, and gets it back when it returns.
-struct Numbers<K> {
-    by_name: AHashMap<K, u32>,
-    /// Retired names, and whether a release has met them before.
-    retired: AHashMap<K, bool>,
-    free: Vec<u32>,
-    next: u32,
+/// The endpoints that the slices name, and those that are in a list only.
+fn endpoints_of(port: &PortSpec) -> impl Iterator<Item = EndpointSpec> {
+    let named: AHashSet<SocketAddr> = port.endpoints.iter().map(|endpoint| endpoint.address).collect();
+    let listed = port.cluster.addresses.iter().chain(&port.local.addresses);
+    let only_listed =
+        listed.filter(move |address| !named.contains(address)).map(|address| EndpointSpec::ready(*address));
+    port.endpoints.iter().copied().chain(only_listed)
 }
 
-impl<K> Default for Numbers<K> {
-    fn default() -> Self {
-        Self { by_name: AHashMap::new(), retired: AHashMap::new(), free: Vec::new(), next: 1 }
-    }
+/// The endpoints that new flows may get.
+fn listed(ports: &[Arc<ServicePort>]) -> AHashSet<EndpointSlot> {
+    let lists = ports.iter().flat_map(|port| [&port.cluster.list, &port.local.list]);
+    lists.flat_map(|list| list.iter().map(|endpoint| endpoint.slot)).collect()
 }
 
-impl<K: Clone + Eq + std::hash::Hash> Numbers<K> {
-    fn get(&self, name: &K) -> Option<u32> {
-        self.by_name.get(name).copied()
-    }
+fn pick(endpoints: &AHashMap<SocketAddr, Endpoint>, list: &EndpointList) -> Endpoints {
+    let list_of = list.addresses.iter().filter_map(|address| endpoints.get(address).cloned()).collect();
+    Endpoints { list: list_of, why: list.why.as_str().into() }
+}
 
-    fn intern(&mut self, name: &K) -> u32 {
-        self.retired.remove(name);
-        if let Some(number) = self.by_name.get(name) {
-            return *number;
-        }
-        let number = self.free.pop().unwrap_or_else(|| {
-            self.next += 1;
-            self.next - 1
-        });
-        self.by_name.insert(name.clone(), number);
-        number
-    }
+fn port_name(service: &ServiceName, port: &str, protocol: Protocol) -> PortName {
+    PortName { service: service.clone(), port: port.into(), protocol }
+}
 
-    fn retire(&mut self, name: &K) -> Option<u32> {
-        let number = self.get(name)?;
-        self.retired.insert(name.clone(), false);
-        Some(number)
-    }
-
-    fn release(&mut self, mut may: impl FnMut(u32) -> bool) {
-        let (by_name, free) = (&mut self.by_name, &mut self.free);
-        self.retired.retain(|name, met| {
-            let Some(number) = by_name.get(name).copied() else { return false };
-            let released = std::mem::replace(met, true) && may(number);
-            if released {
-                by_name.remove(name);
-                free.push(number);
-            }
-            !released
-        });
-    }
+fn endpoint_name(port: PortName, endpoint: &EndpointSpec) -> EndpointName {
+    EndpointName { port, address: endpoint.address, uid: endpoint.uid }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::net::Family;
-    use crate::table::TrafficPolicy;
+    use crate::table::lifecycle::Cause;
+    use crate::table::{Condition, Standing, TrafficPolicy};
 
     fn spec(name: &str, created: i64, cluster_ip: &str, endpoints: &[&str]) -> ServiceSpec {
         let addresses: Vec<SocketAddr> = endpoints.iter().map(|text| text.parse().unwrap()).collect();
@@ -364,7 +376,9 @@ mod tests {
             cluster: EndpointList { addresses: addresses.clone(), why: String::new() },
             local: EndpointList::default(),
             has_any_endpoint: !addresses.is_empty(),
-            serving: addresses,
+            endpoints: addresses.into_iter().map(EndpointSpec::ready).collect(),
+            retry: true,
+            drain_timeout: Default::default(),
         };
         ServiceSpec { name: ServiceName::new("ns", name), created: Some(created), ports: vec![port] }
     }
@@ -410,23 +424,52 @@ mod tests {
     fn an_endpoint_keeps_its_slot_while_flows_use_it() {
         let slots = Arc::new(Slots::new(1));
         let mut builder = TableBuilder::new(Arc::clone(&slots));
-        let name = ServiceName::new("ns", "a");
         let slot = |builder: &TableBuilder, endpoint: &str| {
-            builder.endpoint_slot(&name, "http", Protocol::Tcp, endpoint.parse().unwrap())
+            let address: SocketAddr = endpoint.parse().unwrap();
+            builder.endpoints().find(|(name, _)| name.address == address).map(|(_, slot)| slot)
         };
         builder.set(spec("a", 1, "10.96.0.1", &["10.0.0.1:80", "10.0.0.2:80"]));
         let busy = slot(&builder, "10.0.0.1:80").unwrap();
+        let name = ServiceName::new("ns", "a");
+        let found = builder.endpoint_slot(&name, "http", Protocol::Tcp, "10.0.0.1:80".parse().unwrap());
+        assert_eq!(found, Some(busy));
         slots.flow_opened(busy);
-        let epoch = slots.epoch(busy);
         builder.set(spec("a", 1, "10.96.0.1", &["10.0.0.3:80"]));
-        assert_ne!(slots.epoch(busy), epoch, "its UDP flows end");
+        assert_eq!(slots.endpoint(0, busy).standing(), Standing::NoDatagrams, "its UDP flows end");
         builder.release_idle();
         assert!(slot(&builder, "10.0.0.2:80").is_some(), "a thread may still use the last table");
         builder.release_idle();
         assert_eq!(slot(&builder, "10.0.0.1:80"), Some(busy));
         assert_eq!(slot(&builder, "10.0.0.2:80"), None, "the idle one is free");
-        slots.flow_closed(busy);
+        slots.flow_finished(busy);
+        slots.flow_forgotten(busy);
         builder.release_idle();
         assert_eq!(slot(&builder, "10.0.0.1:80"), None);
+        assert_eq!(slots.life(busy), None);
+    }
+
+    /// Another uid at the same address is another endpoint, and so is who comes back after the end.
+    #[test]
+    fn a_reused_address_is_another_endpoint() {
+        let slots = Arc::new(Slots::new(1));
+        let mut builder = TableBuilder::new(Arc::clone(&slots));
+        let mut set = |uid, condition| {
+            let mut spec = spec("a", 1, "10.96.0.1", &["10.0.0.1:80"]);
+            let endpoint = EndpointSpec { uid: Uid(uid), condition, ..spec.ports[0].endpoints[0] };
+            spec.ports[0].endpoints = vec![endpoint];
+            builder.set(spec.clone());
+            let slot = builder.endpoint_slot(&spec.name, "http", Protocol::Tcp, endpoint.address).unwrap();
+            assert_eq!(slots.life(slot), Some(Life::Present { condition, drain: None }));
+            slot
+        };
+        let first = set(1, Condition::Ready);
+        assert_eq!(set(1, Condition::Terminating { serving: true }), first);
+        let second = set(2, Condition::Ready);
+        assert_ne!(second, first);
+        assert_eq!(slots.life(first), Some(Life::Gone(Cause::Terminated)));
+        let third = set(1, Condition::Ready);
+        assert!(third != first && third != second, "it was gone");
+        assert!(matches!(slots.life(second), Some(Life::Left { .. })));
+        assert_eq!(set(2, Condition::Ready), second, "it came back in time");
     }
 }

@@ -3,6 +3,10 @@
 //! Built by [`TableBuilder`] off the packet path, published through `arc_swap::ArcSwap`, never changed after that.
 
 mod build;
+mod directory;
+mod ejection;
+mod identity;
+pub mod lifecycle;
 mod slots;
 mod spec;
 
@@ -14,8 +18,14 @@ use ipnet::IpNet;
 use serde::Serialize;
 
 pub use build::{Conflict, TableBuilder};
-pub use slots::{EndpointCounters, EndpointSlot, PortCounters, PortSlot, PortTotals, Slots, Totals};
-pub use spec::{Balancing, EndpointList, NodeSpec, PortSpec, ServiceName, ServiceSpec, TrafficPolicy};
+pub(crate) use directory::{EndpointEntry, PortEntry, Standing};
+pub use directory::{LifeChange, LifeEvent};
+pub use identity::{EndpointName, PortName};
+pub use lifecycle::{Condition, Deadline, DrainTimeout, Life};
+pub use slots::{EndpointCounters, EndpointSlot, Failure, PortCounters, PortSlot, PortTotals, Slots, Totals};
+pub use spec::{
+    Balancing, EndpointList, EndpointSpec, NodeSpec, PortSpec, ServiceName, ServiceSpec, TrafficPolicy, Uid,
+};
 
 use crate::net::{Family, Protocol};
 
@@ -123,6 +133,8 @@ pub struct ServicePort {
     pub affinity: Option<Duration>,
     /// Endpoint selection.
     pub balancing: Balancing,
+    /// A new connection that its endpoint does not take is tried at another.
+    pub retry: bool,
     /// Endpoints under policy Cluster.
     pub cluster: Endpoints,
     /// Endpoints under policy Local.

@@ -3,14 +3,17 @@
 //! Each packet thread writes only its own cells, so counting shares no cache line between threads. Live-flow counts,
 //! which selection reads, are shared but change only when a flow opens or closes.
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 
+use crate::flow::Header;
+use crate::memory::Region;
 use crate::net::Direction;
 use crate::table::FrontendKind;
+use crate::table::directory::{Directory, EndpointEntry, PortEntry, Standing};
 
 const CHUNK: usize = 1024;
-const CHUNKS: usize = 4096;
+const CHUNKS: usize = 1024;
 
 /// Slot number of an endpoint of a Service port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -19,6 +22,32 @@ pub struct EndpointSlot(pub u32);
 /// Slot number of a Service port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub struct PortSlot(pub u32);
+
+/// Why an endpoint did not take a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Failure {
+    /// It answered with a RST.
+    Refused = 0,
+    /// ICMP said that it cannot be reached.
+    Unreachable = 1,
+    /// It had not answered when the client sent its SYN again.
+    Timeout = 2,
+}
+
+impl Failure {
+    /// Every reason.
+    pub const ALL: [Self; 3] = [Self::Refused, Self::Unreachable, Self::Timeout];
+
+    /// Name as metric label.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Refused => "refused",
+            Self::Unreachable => "unreachable",
+            Self::Timeout => "timeout",
+        }
+    }
+}
 
 /// Grows by whole chunks, never moves: a reader indexes it while another thread grows it.
 struct Slab<T> {
@@ -52,6 +81,14 @@ pub struct EndpointCounters {
     pub bytes: [AtomicU64; 2],
     /// Packets, by direction (a segmentation-offloaded packet counts once).
     pub packets: [AtomicU64; 2],
+    /// Not counted: a copy of what a packet must know of the endpoint, where it is looked at anyway.
+    standing: AtomicU32,
+}
+
+impl EndpointCounters {
+    pub(crate) fn standing(&self) -> Standing {
+        Standing::from_number(self.standing.load(Relaxed))
+    }
 }
 
 /// What one thread counted for one Service port. Cache lines of its own. Bytes and packets stand here too, since endpoints
@@ -65,21 +102,14 @@ pub struct PortCounters {
     pub rejected: AtomicU64,
     /// Flows dropped by a rule.
     pub dropped: AtomicU64,
+    /// Opens that an endpoint did not take, by [`Failure`].
+    pub failed: [AtomicU64; 3],
+    /// Opens moved to another endpoint.
+    pub retried: AtomicU64,
     /// Bytes of IP packets, by direction.
     pub bytes: [AtomicU64; 2],
     /// Packets, by direction (a segmentation-offloaded packet counts once).
     pub packets: [AtomicU64; 2],
-}
-
-/// State that all threads share of one endpoint.
-#[derive(Default)]
-struct EndpointShared {
-    /// Flows that are open now.
-    active: AtomicU32,
-    /// Grows when the endpoint is gone: UDP flows of an older epoch end.
-    epoch: AtomicU32,
-    /// Masquerade ports tried so far: the next one is tried first.
-    source_ports: AtomicU32,
 }
 
 /// Sums over all threads for a Service port.
@@ -91,6 +121,10 @@ pub struct PortTotals {
     pub rejected: u64,
     /// Flows dropped by a rule.
     pub dropped: u64,
+    /// Opens that an endpoint did not take, by [`Failure`].
+    pub failed: [u64; 3],
+    /// Opens moved to another endpoint.
+    pub retried: u64,
     /// Bytes of IP packets, by direction.
     pub bytes: [u64; 2],
     /// Packets, by direction.
@@ -116,19 +150,31 @@ struct ThreadSlots {
 /// All slots. Shared by the packet threads, the table builder and whoever reads counters.
 pub struct Slots {
     threads: Box<[ThreadSlots]>,
-    endpoints: Slab<EndpointShared>,
-    /// Round-robin positions by Service port.
-    cursors: Slab<AtomicU32>,
+    pub(super) directory: Directory,
 }
 
 impl Slots {
     /// Number of endpoints, and of Service ports, that fit.
     pub const CAPACITY: u32 = (CHUNK * CHUNKS) as u32;
 
-    /// Slots for this many counting threads.
+    /// Slots for this many counting threads, on the heap.
     pub fn new(threads: usize) -> Self {
+        let count = Self::CAPACITY as usize;
+        Self::over(threads, Region::heap(count), Region::heap(count), Arc::new(Region::heap(1)))
+    }
+
+    /// Slots whose shared part lies in this memory.
+    pub(crate) fn over(
+        threads: usize,
+        endpoints: Region<EndpointEntry>,
+        ports: Region<PortEntry>,
+        header: Arc<Region<Header>>,
+    ) -> Self {
         let thread = || ThreadSlots { endpoints: Slab::new(), ports: Slab::new() };
-        Self { threads: (0..threads).map(|_| thread()).collect(), endpoints: Slab::new(), cursors: Slab::new() }
+        let directory = Directory::new(endpoints, ports, header);
+        let slots = Self { threads: (0..threads).map(|_| thread()).collect(), directory };
+        slots.recover();
+        slots
     }
 
     /// Number of counting threads.
@@ -146,39 +192,40 @@ impl Slots {
         self.threads[thread].ports.get(slot.0)
     }
 
-    /// Flows open on the endpoint now.
+    /// Flows open on the endpoint now; closing ones do not count.
     pub fn active(&self, slot: EndpointSlot) -> u32 {
-        self.endpoints.get(slot.0).active.load(Relaxed)
+        self.entry(slot).active.load(Relaxed)
+    }
+
+    /// Flow records of the endpoint, those of closing flows too.
+    pub fn held(&self, slot: EndpointSlot) -> u32 {
+        self.entry(slot).held.load(Relaxed)
     }
 
     /// A flow opened on the endpoint.
     pub fn flow_opened(&self, slot: EndpointSlot) {
-        self.endpoints.get(slot.0).active.fetch_add(1, Relaxed);
+        self.entry(slot).active.fetch_add(1, Relaxed);
+        self.entry(slot).held.fetch_add(1, Relaxed);
     }
 
-    /// A flow of the endpoint ended.
-    pub fn flow_closed(&self, slot: EndpointSlot) {
-        self.endpoints.get(slot.0).active.fetch_sub(1, Relaxed);
+    /// A flow of the endpoint is closing, or is about to be forgotten without having closed.
+    pub fn flow_finished(&self, slot: EndpointSlot) {
+        self.entry(slot).active.fetch_sub(1, Relaxed);
     }
 
-    /// The epoch that a new flow of the endpoint belongs to.
-    pub fn epoch(&self, slot: EndpointSlot) -> u32 {
-        self.endpoints.get(slot.0).epoch.load(Relaxed)
-    }
-
-    /// The endpoint no longer serves: its UDP flows end at their next packet.
-    pub fn end_epoch(&self, slot: EndpointSlot) {
-        self.endpoints.get(slot.0).epoch.fetch_add(1, Relaxed);
+    /// The record of a finished flow is free again.
+    pub fn flow_forgotten(&self, slot: EndpointSlot) {
+        self.entry(slot).held.fetch_sub(1, Relaxed);
     }
 
     /// Next position in the range of masquerade ports towards an endpoint.
     pub fn next_source_port(&self, slot: EndpointSlot) -> u32 {
-        self.endpoints.get(slot.0).source_ports.fetch_add(1, Relaxed)
+        self.entry(slot).source_ports.fetch_add(1, Relaxed)
     }
 
     /// Next round-robin position of a Service port.
     pub fn next_turn(&self, slot: PortSlot) -> u32 {
-        self.cursors.get(slot.0).fetch_add(1, Relaxed)
+        self.directory.ports[slot.0 as usize].cursor.fetch_add(1, Relaxed)
     }
 
     /// Sums for an endpoint.
@@ -203,6 +250,10 @@ impl Slots {
             }
             sum.rejected += cells.rejected.load(Relaxed);
             sum.dropped += cells.dropped.load(Relaxed);
+            sum.retried += cells.retried.load(Relaxed);
+            for (sum, cell) in sum.failed.iter_mut().zip(&cells.failed) {
+                *sum += cell.load(Relaxed);
+            }
             for direction in [Direction::Request, Direction::Reply].map(Direction::index) {
                 sum.bytes[direction] += cells.bytes[direction].load(Relaxed);
                 sum.packets[direction] += cells.packets[direction].load(Relaxed);
@@ -211,20 +262,34 @@ impl Slots {
         sum
     }
 
-    /// Zeroes an endpoint's cells before the slot serves another endpoint. No flow may hold the slot.
-    pub(super) fn clear_endpoint(&self, slot: EndpointSlot) {
+    /// Tells every thread what packets must know of the endpoint.
+    pub(super) fn set_standing(&self, slot: EndpointSlot, standing: Standing) {
+        for thread in &self.threads {
+            thread.endpoints.get(slot.0).standing.store(standing as u32, Relaxed);
+        }
+    }
+
+    pub(super) fn clear_cells(&self, slot: EndpointSlot) {
         for cells in self.threads.iter().filter_map(|thread| thread.endpoints.peek(slot.0)) {
             for cell in std::iter::once(&cells.opened).chain(&cells.bytes).chain(&cells.packets) {
                 cell.store(0, Relaxed);
             }
+            cells.standing.store(Standing::Serves as u32, Relaxed);
         }
     }
 
     /// Zeroes a Service port's cells before the slot serves another one.
     pub(super) fn clear_port(&self, slot: PortSlot) {
+        self.assign_port(slot, 0);
         for cells in self.threads.iter().filter_map(|thread| thread.ports.peek(slot.0)) {
             let traffic = cells.bytes.iter().chain(&cells.packets);
-            for cell in cells.opened.iter().chain([&cells.rejected, &cells.dropped]).chain(traffic) {
+            for cell in cells
+                .opened
+                .iter()
+                .chain([&cells.rejected, &cells.dropped, &cells.retried])
+                .chain(&cells.failed)
+                .chain(traffic)
+            {
                 cell.store(0, Relaxed);
             }
         }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use super::lifecycle::{Condition, Deadline, DrainTimeout};
 use crate::net::{Family, Protocol};
 
 /// Namespace and name of a Service.
@@ -63,6 +64,37 @@ pub struct EndpointList {
     pub why: String,
 }
 
+/// Who an endpoint is, besides its address: with another uid, the same address is another endpoint. Zero is unknown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+pub struct Uid(pub u64);
+
+impl Uid {
+    /// The uid of a text such as `targetRef.uid`, the same in every process.
+    pub fn of(text: &str) -> Self {
+        Self(xxhash_rust::xxh3::xxh3_64(text.as_bytes()))
+    }
+}
+
+/// An endpoint of a Service port and what is known of its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct EndpointSpec {
+    /// Address and port.
+    pub address: SocketAddr,
+    /// Who has the address.
+    pub uid: Uid,
+    /// What the slices say.
+    pub condition: Condition,
+    /// An operator drains it: when its flows are cut. New flows are for the lists to withhold.
+    pub drain: Option<Deadline>,
+}
+
+impl EndpointSpec {
+    /// A ready endpoint of whom no more is known.
+    pub fn ready(address: SocketAddr) -> Self {
+        Self { address, uid: Uid::default(), condition: Condition::Ready, drain: None }
+    }
+}
+
 /// One Service, resolved for this node. Plain data, comparable: equal specs need no new table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServiceSpec {
@@ -111,8 +143,12 @@ pub struct PortSpec {
     pub local: EndpointList,
     /// Some endpoint is ready, or serving while terminating, anywhere in the cluster.
     pub has_any_endpoint: bool,
-    /// Addresses of all endpoints that are `serving`, whatever lists they are in: UDP flows to others end.
-    pub serving: Vec<SocketAddr>,
+    /// Every endpoint that the slices name, whatever lists it is in. One that is in a list only counts as ready.
+    pub endpoints: Vec<EndpointSpec>,
+    /// A new connection that its endpoint does not take is tried at another.
+    pub retry: bool,
+    /// How long an endpoint that leaves the slices, without having been terminating, keeps its flows.
+    pub drain_timeout: DrainTimeout,
 }
 
 /// What the table must know of the node.

@@ -1,150 +1,19 @@
 //! The step of a packet thread, packet by packet, without a kernel.
 
-use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+mod drain;
+mod harness;
+mod restart;
+mod retry;
+
+use std::net::SocketAddr;
 use std::time::Duration;
 
-use etherparse::PacketBuilder;
+use harness::{CLIENT, FRONTEND, NODE, Path, is_reset, socket, tcp, udp};
 
-use super::{Action, Settings, Shared, Worker};
-use crate::net::{Family, Protocol};
-use crate::packet::view::{Packet, Transport};
-use crate::packet::vnet;
-use crate::table::{EndpointList, NodeSpec, PortSpec, ServiceName, ServiceSpec, TableBuilder};
-
-const CLIENT: &str = "10.244.0.9:40000";
-const FRONTEND: &str = "10.96.0.10:80";
-const NODE: &str = "192.168.0.1";
-
-fn socket(text: &str) -> SocketAddr {
-    text.parse().unwrap()
-}
-
-/// One packet thread with its table; time moves only when told.
-struct Path {
-    shared: Arc<Shared>,
-    worker: Worker,
-    builder: TableBuilder,
-    affinity: Option<Duration>,
-    now_ms: u64,
-}
-
-impl Path {
-    fn new(flow_capacity: usize) -> Self {
-        let settings = Settings {
-            workers: 1,
-            flow_capacity,
-            masquerade_addresses: vec![NODE.parse().unwrap(), "fd00::1".parse().unwrap()],
-            masquerade_ports: 61000..=61003,
-            seed: 1,
-        };
-        let shared = Shared::new(settings);
-        let mut builder = TableBuilder::new(Arc::clone(&shared.slots));
-        builder.set_node(NodeSpec {
-            addresses: vec![NODE.parse().unwrap()],
-            node_port_addresses: vec![NODE.parse().unwrap()],
-            cluster_cidrs: vec!["10.244.0.0/16".parse().unwrap()],
-            service_cidrs: vec!["10.96.0.0/16".parse().unwrap()],
-            ..NodeSpec::default()
-        });
-        Self { worker: Worker::new(Arc::clone(&shared), 0), shared, builder, affinity: None, now_ms: 1_000_000 }
-    }
-
-    /// Publishes one Service `FRONTEND` with node port 30080 on these endpoints.
-    fn serve(&mut self, protocol: Protocol, endpoints: &[&str]) {
-        let addresses: Vec<SocketAddr> = endpoints.iter().map(|text| socket(text)).collect();
-        let list = EndpointList { addresses: addresses.clone(), why: String::new() };
-        let port = PortSpec {
-            name: String::new(),
-            protocol,
-            number: 80,
-            family: Family::V4,
-            cluster_ip: socket(FRONTEND).ip(),
-            node_port: Some(30080),
-            load_balancer_ips: Vec::new(),
-            external_ips: Vec::new(),
-            source_ranges: Vec::new(),
-            source_ranges_admit_vips: false,
-            internal_policy: Default::default(),
-            external_policy: Default::default(),
-            affinity: self.affinity,
-            balancing: Default::default(),
-            cluster: list,
-            local: EndpointList::default(),
-            has_any_endpoint: !endpoints.is_empty(),
-            serving: addresses,
-        };
-        self.builder.set(ServiceSpec { name: ServiceName::new("a", "b"), created: None, ports: vec![port] });
-        self.shared.publish(self.builder.build());
-    }
-
-    /// Sends a packet; what comes back as (source, destination, packet, bytes).
-    fn send(&mut self, mut frame: Vec<u8>) -> Option<(SocketAddr, SocketAddr, Packet, Vec<u8>)> {
-        let bytes = match self.worker.handle(&mut frame, self.now_ms) {
-            Action::Send => frame,
-            Action::Answer(length) => self.worker.answer(length).to_vec(),
-            Action::Discard => return None,
-        };
-        let bytes = bytes[vnet::LEN..].to_vec();
-        let packet = Packet::parse(&bytes).unwrap();
-        let at = |ip: IpAddr, port| SocketAddr::new(ip, port);
-        let source = at(packet.source.ip(), packet.source_port);
-        Some((source, at(packet.destination.ip(), packet.destination_port), packet, bytes))
-    }
-
-    fn tcp(&mut self, from: &str, to: &str, flags: &str) -> Option<(SocketAddr, SocketAddr, Packet, Vec<u8>)> {
-        self.send(tcp(socket(from), socket(to), flags))
-    }
-
-    /// Opens a connection from `from` and returns (source that the endpoint sees, endpoint).
-    fn connect(&mut self, from: &str, to: &str) -> (SocketAddr, SocketAddr) {
-        let (seen, endpoint, ..) = self.tcp(from, to, "S").expect("the SYN is forwarded");
-        let (frontend, client, ..) = self.send(tcp(endpoint, seen, "SA")).expect("the SYN-ACK is forwarded");
-        assert_eq!((frontend, client), (socket(to), socket(from)));
-        let (again, same, ..) = self.tcp(from, to, "A").expect("the ACK is forwarded");
-        assert_eq!((again, same), (seen, endpoint));
-        (seen, endpoint)
-    }
-
-    fn states(&self) -> Vec<&'static str> {
-        self.shared.flows.views(self.now_ms).map(|flow| flow.state).collect()
-    }
-}
-
-fn ip(from: SocketAddr, to: SocketAddr) -> etherparse::PacketBuilderStep<etherparse::IpHeaders> {
-    match (from.ip(), to.ip()) {
-        (IpAddr::V4(from), IpAddr::V4(to)) => PacketBuilder::ipv4(from.octets(), to.octets(), 64),
-        (IpAddr::V6(from), IpAddr::V6(to)) => PacketBuilder::ipv6(from.octets(), to.octets(), 64),
-        _ => panic!("mixed families"),
-    }
-}
-
-fn tcp(from: SocketAddr, to: SocketAddr, flags: &str) -> Vec<u8> {
-    let mut step = ip(from, to).tcp(from.port(), to.port(), 1000, 64000);
-    for flag in flags.chars() {
-        step = match flag {
-            'S' => step.syn(),
-            'A' => step.ack(1000),
-            'F' => step.fin(),
-            'R' => step.rst(),
-            _ => panic!("unknown flag {flag}"),
-        };
-    }
-    let mut frame = vec![0; vnet::LEN];
-    step.write(&mut frame, b"").unwrap();
-    frame
-}
-
-fn udp(from: &str, to: &str) -> Vec<u8> {
-    let mut frame = vec![0; vnet::LEN];
-    let (from, to) = (socket(from), socket(to));
-    ip(from, to).udp(from.port(), to.port()).write(&mut frame, b"question").unwrap();
-    frame
-}
-
-fn is_reset(packet: &Packet) -> bool {
-    matches!(packet.transport, Transport::Tcp(tcp) if tcp.rst)
-}
+use crate::net::Protocol;
+use crate::packet::view::Transport;
+use crate::table::ServiceName;
+use crate::table::ServiceSpec;
 
 #[test]
 fn a_pod_keeps_its_address_and_the_connection_its_endpoint() {

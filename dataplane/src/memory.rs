@@ -1,0 +1,111 @@
+//! Memory that costs nothing until it is touched: on the heap, or in a file that the next process finds again.
+#![expect(unsafe_code, reason = "zeroed and mapped memory of plain atomics")]
+
+use std::any::Any;
+use std::fs::File;
+use std::io;
+use std::ops::Deref;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
+
+use memmap2::{MmapOptions, MmapRaw};
+
+/// Types of atomic integers only, for which all-zero bytes are a valid value.
+///
+/// # Safety
+/// Any bytes must be a valid value of the type, it must have no padding that matters, and whatever changes it must do so
+/// by atomic operations: another process may have the same memory.
+pub(crate) unsafe trait Plain: Send + Sync + 'static {}
+
+// SAFETY: an atomic integer.
+unsafe impl Plain for AtomicU32 {}
+// SAFETY: only atomic integers.
+unsafe impl Plain for crate::flow::Record {}
+// SAFETY: only atomic integers.
+unsafe impl Plain for crate::flow::Header {}
+// SAFETY: only atomic integers.
+unsafe impl Plain for crate::table::EndpointEntry {}
+// SAFETY: only atomic integers.
+unsafe impl Plain for crate::table::PortEntry {}
+// SAFETY: only atomic integers.
+unsafe impl Plain for crate::select::AffinityEntry {}
+
+/// `count` zeroes. Pages become resident when they are first written.
+pub(crate) fn zeroed<T: Plain>(count: usize) -> Box<[T]> {
+    // SAFETY: `Plain` promises that zeroed memory is a valid value.
+    unsafe { Box::<[T]>::new_zeroed_slice(count).assume_init() }
+}
+
+/// A slice that lives as long as what owns its memory.
+pub(crate) struct Region<T> {
+    start: *const T,
+    count: usize,
+    /// Set for a file: where the slice begins in it, and how many elements have room on its file system.
+    backing: Option<Backing>,
+    _owner: Arc<dyn Any + Send + Sync>,
+}
+
+struct Backing {
+    file: File,
+    offset: usize,
+    reserved: AtomicUsize,
+}
+
+// SAFETY: it is a `&[T]` with its owner, and `T` may be shared among threads.
+unsafe impl<T: Plain> Send for Region<T> {}
+// SAFETY: as above.
+unsafe impl<T: Plain> Sync for Region<T> {}
+
+/// Elements for which room is made at once.
+const STEP: usize = 4096;
+
+impl<T: Plain> Region<T> {
+    /// Zeroes on the heap.
+    pub(crate) fn heap(count: usize) -> Self {
+        let memory = zeroed::<T>(count);
+        let start = memory.as_ptr();
+        Self { start, count, backing: None, _owner: Arc::new(memory) }
+    }
+
+    /// `count` elements at `offset`, a multiple of the page size, of a file that is long enough.
+    pub(crate) fn map(file: &File, offset: usize, count: usize) -> io::Result<Self> {
+        let length = count * size_of::<T>();
+        if file.metadata()?.len() < (offset + length) as u64 {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file is too short"));
+        }
+        let map: MmapRaw = MmapOptions::new().offset(offset as u64).len(length).map_raw(file)?;
+        let start = map.as_ptr().cast::<T>();
+        let backing = Backing { file: file.try_clone()?, offset, reserved: AtomicUsize::new(0) };
+        Ok(Self { start, count, backing: Some(backing), _owner: Arc::new(map) })
+    }
+
+    /// Makes sure that the first `count` elements have room: a full file system is an error here, and a signal later.
+    pub(crate) fn reserve(&self, count: usize) -> io::Result<()> {
+        let Some(backing) = &self.backing else { return Ok(()) };
+        let from = backing.reserved.load(Relaxed);
+        if count <= from {
+            return Ok(());
+        }
+        let to = count.next_multiple_of(STEP).min(self.count).max(count);
+        let size = size_of::<T>();
+        let (offset, length) = (backing.offset + from * size, (to - from) * size);
+        // SAFETY: the descriptor is open for as long as `backing` is.
+        let failed = unsafe { libc::fallocate(backing.file.as_raw_fd(), 0, offset as i64, length as i64) } != 0;
+        if failed {
+            return Err(io::Error::last_os_error());
+        }
+        backing.reserved.store(to, Relaxed);
+        Ok(())
+    }
+}
+
+impl<T> Deref for Region<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        // SAFETY: the owner keeps `count` elements at `start`, aligned to a page or as the heap gave them; `Plain` says
+        // that any bytes are a value and that all changes are atomic.
+        unsafe { std::slice::from_raw_parts(self.start, self.count) }
+    }
+}
