@@ -169,10 +169,10 @@ impl TableBuilder {
     /// Says that all there is was set: endpoints of the last process that did not come back have left meanwhile, and drain
     /// or are gone. Call it once, after the first full sync and before the first table is published.
     pub fn synced(&mut self) {
-        for slot in self.endpoint_slots.settle() {
+        for slot in self.endpoint_slots.synced() {
             self.slots.leave(EndpointSlot(slot));
         }
-        self.port_slots.settle();
+        self.port_slots.synced();
     }
 
     /// Gives slots that were retired before the last call, and whose endpoints have no flows, back for others. Call it now
