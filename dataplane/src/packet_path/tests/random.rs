@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use super::super::Shared;
-use super::harness::{FRONTEND, Path, is_reset, segment, settings, socket, tcp};
+use super::harness::{FRONTEND, Path, is_reset, memory, segment, settings, socket, tcp};
 use crate::flow::FlowFile;
 use crate::net::Protocol;
 use crate::table::{Condition, EndpointSpec, Uid};
@@ -159,7 +159,7 @@ struct Tally {
 
 fn sequence(seed: u64, tally: &mut Tally) {
     let mut rng = fastrand::Rng::with_seed(seed);
-    let directory = (seed % 4 == 0).then(|| tempfile::tempdir().unwrap());
+    let directory = (seed % 4 == 0).then(|| memory());
     let file = directory.as_ref().map(|directory| FlowFile {
         path: directory.path().join("flows"),
         owner: Vec::new(),
