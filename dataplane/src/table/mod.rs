@@ -243,3 +243,6 @@ impl RoutingTable {
         self.frontends.is_empty()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -159,7 +159,7 @@ struct Tally {
 
 fn sequence(seed: u64, tally: &mut Tally) {
     let mut rng = fastrand::Rng::with_seed(seed);
-    let directory = (seed % 4 == 0).then(|| memory());
+    let directory = seed.is_multiple_of(4).then(memory);
     let file = directory.as_ref().map(|directory| FlowFile {
         path: directory.path().join("flows"),
         owner: Vec::new(),
