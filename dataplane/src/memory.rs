@@ -1,5 +1,5 @@
 //! Memory that costs nothing until it is touched: on the heap, or in a file that the next process finds again.
-#![expect(unsafe_code, reason = "zeroed and mapped memory of plain atomics")]
+#![expect(unsafe_code, reason = "mapped memory of plain atomics")]
 
 use std::any::Any;
 use std::fs::File;
@@ -31,12 +31,6 @@ unsafe impl Plain for crate::table::PortEntry {}
 // SAFETY: only atomic integers.
 unsafe impl Plain for crate::select::AffinityEntry {}
 
-/// `count` zeroes. Pages become resident when they are first written.
-pub(crate) fn zeroed<T: Plain>(count: usize) -> Box<[T]> {
-    // SAFETY: `Plain` promises that zeroed memory is a valid value.
-    unsafe { Box::<[T]>::new_zeroed_slice(count).assume_init() }
-}
-
 /// A slice that lives as long as what owns its memory.
 pub(crate) struct Region<T> {
     start: *const T,
@@ -61,11 +55,12 @@ unsafe impl<T: Plain> Sync for Region<T> {}
 const STEP: usize = 4096;
 
 impl<T: Plain> Region<T> {
-    /// Zeroes on the heap.
+    /// Zeroes of this process alone. Mapped rather than allocated: an allocator may hand out used memory and zero it.
     pub(crate) fn heap(count: usize) -> Self {
-        let memory = zeroed::<T>(count);
-        let start = memory.as_ptr();
-        Self { start, count, backing: None, _owner: Arc::new(memory) }
+        let length = (count * size_of::<T>()).max(1);
+        let map = MmapRaw::from(MmapOptions::new().len(length).map_anon().expect("there is address space at start"));
+        let start = map.as_ptr().cast::<T>();
+        Self { start, count, backing: None, _owner: Arc::new(map) }
     }
 
     /// `count` elements at `offset`, a multiple of the page size, of a file that is long enough.
@@ -104,7 +99,7 @@ impl<T> Deref for Region<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
-        // SAFETY: the owner keeps `count` elements at `start`, aligned to a page or as the heap gave them; `Plain` says
+        // SAFETY: the owner keeps `count` elements at `start`, aligned to a page; `Plain` says
         // that any bytes are a value and that all changes are atomic.
         unsafe { std::slice::from_raw_parts(self.start, self.count) }
     }

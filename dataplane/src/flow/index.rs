@@ -6,7 +6,7 @@
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
-use crate::memory::zeroed;
+use crate::memory::Region;
 use crate::net::Direction;
 
 const NUMBER_BITS: u32 = 22;
@@ -17,7 +17,7 @@ const DIRECTION: u32 = 1 << NUMBER_BITS;
 pub(crate) const MAX_RECORDS: usize = NUMBER as usize - 1;
 
 pub(super) struct Index {
-    entries: Box<[AtomicU32]>,
+    entries: Region<AtomicU32>,
     mask: usize,
 }
 
@@ -32,7 +32,7 @@ impl Index {
     /// An index that is at most half full with this many records, each under two keys.
     pub(super) fn new(records: usize) -> Self {
         let size = (records * 4).next_power_of_two();
-        Self { entries: zeroed(size), mask: size - 1 }
+        Self { entries: Region::heap(size), mask: size - 1 }
     }
 
     /// The first entry under this hash that `matches` accepts.

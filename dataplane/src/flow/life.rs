@@ -74,3 +74,158 @@ pub(super) fn read<W: Word, T>(meta: &W, copy: impl FnOnce() -> T) -> Option<(u6
 pub(super) fn change<W: Word>(meta: &W, seen: u64, next: u64) -> bool {
     next != seen && meta.replace(seen, next)
 }
+
+/// Every interleaving, and every value that relaxed loads may see, of the steps above (loom).
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use loom::sync::Mutex;
+    use loom::sync::atomic::{AtomicU64 as LoomWord, fence};
+    use loom::thread;
+
+    use super::*;
+
+    impl Word for LoomWord {
+        fn load(&self, order: Ordering) -> u64 {
+            self.load(order)
+        }
+
+        fn store(&self, value: u64, order: Ordering) {
+            self.store(value, order);
+        }
+
+        fn replace(&self, seen: u64, next: u64) -> bool {
+            self.compare_exchange(seen, next, Relaxed, Relaxed).is_ok()
+        }
+
+        fn fetch_and(&self, mask: u64) -> u64 {
+            self.fetch_and(mask, Relaxed)
+        }
+
+        fn fence(order: Ordering) {
+            fence(order);
+        }
+    }
+
+    /// A state bit, and the life number as two fields.
+    const FINISHED: u64 = 2;
+
+    struct Small {
+        meta: LoomWord,
+        fields: [LoomWord; 2],
+    }
+
+    impl Small {
+        /// In its first life.
+        fn new() -> Arc<Self> {
+            let small = Self { meta: LoomWord::new(0), fields: [LoomWord::new(0), LoomWord::new(0)] };
+            small.publish();
+            Arc::new(small)
+        }
+
+        fn publish(&self) {
+            publish(&self.meta, |life| {
+                self.fields.iter().for_each(|field| field.store(life >> LIFE, Relaxed));
+                0
+            });
+        }
+
+        /// Reads, and checks that what was read is of one life.
+        fn read(&self) -> Option<u64> {
+            let (meta, fields) = read(&self.meta, || [0, 1].map(|field: usize| self.fields[field].load(Relaxed)))?;
+            assert_eq!(fields, [meta >> LIFE; 2], "a torn record");
+            Some(meta)
+        }
+    }
+
+    #[test]
+    fn a_reader_never_sees_two_lives_in_one() {
+        loom::model(|| {
+            let record = Small::new();
+            let reader = {
+                let record = Arc::clone(&record);
+                thread::spawn(move || record.read())
+            };
+            retire(&record.meta);
+            record.publish();
+            let seen = reader.join().unwrap().map(|meta| meta >> LIFE);
+            assert!(matches!(seen, None | Some(1 | 2)));
+            assert_eq!(record.read().map(|meta| meta >> LIFE), Some(2));
+        });
+    }
+
+    /// A packet finishes a flow while the sweep ends it and another takes the record: its endpoint is told once, and the
+    /// other flow is not touched.
+    #[test]
+    fn a_flow_finishes_once_and_only_itself() {
+        loom::model(|| {
+            let record = Small::new();
+            let packet = {
+                let record = Arc::clone(&record);
+                thread::spawn(move || record.read().is_some_and(|meta| change(&record.meta, meta, meta | FINISHED)))
+            };
+            let finished_before = retire(&record.meta) & FINISHED != 0;
+            record.publish();
+            let finished_by_packet = packet.join().unwrap();
+            let now = record.meta.load(Relaxed);
+            if now & FINISHED != 0 {
+                // The packet came late enough to be of the second life.
+                assert!(finished_by_packet && !finished_before);
+            } else {
+                assert_eq!(finished_by_packet, finished_before);
+            }
+            assert_eq!(now >> LIFE, 2);
+        });
+    }
+
+    /// Two threads finish a flow: one of them does.
+    #[test]
+    fn only_one_thread_finishes_a_flow() {
+        loom::model(|| {
+            let record = Small::new();
+            let finish = |record: &Small| record.read().is_some_and(|meta| change(&record.meta, meta, meta | FINISHED));
+            let other = {
+                let record = Arc::clone(&record);
+                thread::spawn(move || finish(&record))
+            };
+            let here = finish(&record);
+            assert!(here != other.join().unwrap());
+        });
+    }
+
+    /// A process asks for the file while the one that has it ends a flow and opens another, then looks whether it is
+    /// wanted: never do two write, and the new one finds every record whole.
+    #[test]
+    fn a_file_has_one_writer_and_is_whole_when_it_changes_hands() {
+        loom::model(|| {
+            let (record, wanted, lock) = (Small::new(), Arc::new(LoomWord::new(0)), Arc::new(Mutex::new(())));
+            let writers = Arc::new(LoomWord::new(0));
+            let enter = |writers: &LoomWord| assert_eq!(writers.fetch_add(1, Relaxed), 0, "two writers");
+            let held = lock.lock().unwrap();
+            let next = {
+                let (record, wanted, lock) = (Arc::clone(&record), Arc::clone(&wanted), Arc::clone(&lock));
+                let writers = Arc::clone(&writers);
+                thread::spawn(move || {
+                    wanted.store(1, Ordering::SeqCst);
+                    let _held = lock.lock().unwrap();
+                    enter(&writers);
+                    let found = record.read().map(|meta| meta >> LIFE);
+                    retire(&record.meta);
+                    record.publish();
+                    writers.fetch_sub(1, Relaxed);
+                    found
+                })
+            };
+            enter(&writers);
+            retire(&record.meta);
+            if wanted.load(Ordering::SeqCst) == 0 {
+                record.publish();
+            }
+            writers.fetch_sub(1, Relaxed);
+            drop(held);
+            assert!(matches!(next.join().unwrap(), None | Some(2)));
+            assert!(matches!(record.read().map(|meta| meta >> LIFE), Some(2 | 3)));
+        });
+    }
+}

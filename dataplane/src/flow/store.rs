@@ -59,7 +59,7 @@ const ENDPOINTS_AT: usize = PORTS_AT + Slots::CAPACITY as usize * size_of::<Port
 const AFFINITIES_AT: usize = ENDPOINTS_AT + Slots::CAPACITY as usize * size_of::<EndpointEntry>();
 /// Records come last: their number may grow.
 const RECORDS_AT: usize = AFFINITIES_AT + AFFINITIES * size_of::<AffinityEntry>();
-const _: () = assert!(ENDPOINTS_AT % 4096 == 0 && AFFINITIES_AT % 4096 == 0 && RECORDS_AT % 4096 == 0);
+const _: () = assert!((ENDPOINTS_AT | AFFINITIES_AT | RECORDS_AT) & 4095 == 0, "whole pages");
 
 fn layout() -> u64 {
     let sizes = [size_of::<Record>(), size_of::<EndpointEntry>(), size_of::<PortEntry>(), size_of::<AffinityEntry>()];

@@ -77,8 +77,11 @@ pub(super) struct Numbers<K> {
     retired: AHashMap<K, bool>,
     /// Numbers whose names mean others now, and whether a release has met them before.
     orphans: AHashMap<u32, bool>,
-    /// Numbers of the last process, by identity, whose names have not come back yet.
-    recovered: AHashMap<u64, u32>,
+    /// Numbers of the last process, by identity, whose names have not come back yet, and whether a release has met them
+    /// before.
+    recovered: AHashMap<u64, (u32, bool)>,
+    /// Names that were there have come back by now: the others are as good as retired.
+    synced: bool,
     free: Vec<u32>,
     next: u32,
 }
@@ -90,6 +93,7 @@ impl<K> Default for Numbers<K> {
             retired: AHashMap::new(),
             orphans: AHashMap::new(),
             recovered: AHashMap::new(),
+            synced: false,
             free: Vec::new(),
             next: 1,
         }
@@ -101,8 +105,9 @@ impl<K: Identity> Numbers<K> {
     pub(super) fn recover(numbers: &[(u64, u32)], is_spent: impl Fn(u32) -> bool) -> Self {
         let mut all = Self::default();
         for (identity, number) in numbers {
-            let twin = if is_spent(*number) { Some(*number) } else { all.recovered.insert(*identity, *number) };
-            all.orphans.extend(twin.map(|number| (number, false)));
+            let entry = (*number, false);
+            let orphan = if is_spent(*number) { Some(entry) } else { all.recovered.insert(*identity, entry) };
+            all.orphans.extend(orphan);
             all.next = all.next.max(number + 1);
         }
         let taken: AHashSet<u32> = numbers.iter().map(|(_, number)| *number).collect();
@@ -110,11 +115,10 @@ impl<K: Identity> Numbers<K> {
         all
     }
 
-    /// Numbers of the last process whose names have not come back: they are nobody's from now on.
-    pub(super) fn settle(&mut self) -> Vec<u32> {
-        let left: Vec<u32> = self.recovered.drain().map(|(_, number)| number).collect();
-        self.orphans.extend(left.iter().map(|number| (*number, false)));
-        left
+    /// Numbers of the last process whose names have not come back: from now on they are retired.
+    pub(super) fn synced(&mut self) -> Vec<u32> {
+        self.synced = true;
+        self.recovered.values().map(|(number, _)| *number).collect()
     }
 
     pub(super) fn get(&self, name: &K) -> Option<u32> {
@@ -134,7 +138,9 @@ impl<K: Identity> Numbers<K> {
             Some(number) => self.orphans.insert(*number, false),
             None => None,
         };
-        let known = self.recovered.remove(&name.identity());
+        let known = self.recovered.remove(&name.identity()).map(|(number, _)| number);
+        self.orphans.extend(known.filter(|number| is_spent(*number)).map(|number| (number, false)));
+        let known = known.filter(|number| !is_spent(*number));
         let number = known.or_else(|| self.free.pop()).unwrap_or_else(|| {
             self.next += 1;
             self.next - 1
@@ -169,6 +175,9 @@ impl<K: Identity> Numbers<K> {
             !released
         });
         self.orphans.retain(|number, met| !frees(*number, met));
+        if self.synced {
+            self.recovered.retain(|_, (number, met)| !frees(*number, met));
+        }
     }
 }
 

@@ -262,3 +262,6 @@ impl RoutingTable {
         self.frontends.is_empty()
     }
 }
+
+#[cfg(test)]
+mod tests;

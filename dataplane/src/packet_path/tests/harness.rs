@@ -146,6 +146,11 @@ impl Path {
     }
 }
 
+/// A folder in memory, where there is one: flow files are sparse and large.
+pub(super) fn memory() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
+}
+
 pub(super) fn settings(flow_capacity: usize) -> Settings {
     Settings {
         workers: 1,

@@ -2,6 +2,7 @@
 
 mod drain;
 mod harness;
+mod random;
 mod restart;
 mod retry;
 

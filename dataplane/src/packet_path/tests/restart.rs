@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::super::{Settings, Shared};
-use super::harness::{CLIENT, FRONTEND, NODE, Path, is_reset, segment, settings, socket, udp};
+use super::harness::{CLIENT, FRONTEND, NODE, Path, is_reset, memory, segment, settings, socket, udp};
 use crate::flow::{FlowFile, FlowFileError, Found, Recovery};
 use crate::net::Protocol;
 use crate::table::{Condition, EndpointSpec, Uid};
@@ -22,7 +22,7 @@ struct Place {
 }
 
 fn place() -> Place {
-    let directory = tempfile::tempdir().unwrap();
+    let directory = memory();
     let file =
         FlowFile { path: directory.path().join("flows"), owner: b"boot, namespace".to_vec(), patience: Duration::ZERO };
     Place { file, _directory: directory }

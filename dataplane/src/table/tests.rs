@@ -1,0 +1,122 @@
+//! One table after another: conflicts, slots, and who is who.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use super::*;
+use crate::net::Family;
+use crate::table::lifecycle::Cause;
+use crate::table::{Condition, Standing, TrafficPolicy};
+
+fn spec(name: &str, created: i64, cluster_ip: &str, endpoints: &[&str]) -> ServiceSpec {
+    let addresses: Vec<SocketAddr> = endpoints.iter().map(|text| text.parse().unwrap()).collect();
+    let port = PortSpec {
+        name: "http".to_owned(),
+        protocol: Protocol::Tcp,
+        number: 80,
+        family: Family::V4,
+        cluster_ip: cluster_ip.parse().unwrap(),
+        node_port: Some(30080),
+        load_balancer_ips: Vec::new(),
+        external_ips: Vec::new(),
+        source_ranges: Vec::new(),
+        source_ranges_admit_vips: false,
+        internal_policy: TrafficPolicy::Cluster,
+        external_policy: TrafficPolicy::Cluster,
+        affinity: None,
+        balancing: Default::default(),
+        cluster: EndpointList { addresses: addresses.clone(), why: String::new() },
+        local: EndpointList::default(),
+        has_any_endpoint: !addresses.is_empty(),
+        endpoints: addresses.into_iter().map(EndpointSpec::ready).collect(),
+        retry: true,
+        drain_timeout: Default::default(),
+    };
+    ServiceSpec { name: ServiceName::new("ns", name), created: Some(created), ports: vec![port] }
+}
+
+fn owner(table: &RoutingTable, key: FrontendKey) -> Option<String> {
+    table.frontends.get(&key).map(|frontend| frontend.port.service.name.to_string())
+}
+
+#[test]
+fn the_older_service_keeps_a_contested_frontend_whatever_the_order() {
+    let contested = FrontendKey::NodePort(Family::V4, Protocol::Tcp, 30080);
+    let (old, young) = (spec("old", 1, "10.96.0.1", &[]), spec("young", 2, "10.96.0.2", &[]));
+    for order in [[&old, &young], [&young, &old]] {
+        let mut builder = TableBuilder::new(Arc::new(Slots::new(1)));
+        order.into_iter().for_each(|spec| assert!(builder.set(spec.clone())));
+        assert_eq!(owner(&builder.build(), contested).as_deref(), Some("old"));
+        assert_eq!(builder.conflicts().len(), 1);
+        assert!(builder.remove(&old.name));
+        assert_eq!(owner(&builder.build(), contested).as_deref(), Some("young"));
+        assert!(builder.conflicts().is_empty());
+        assert!(builder.remove(&young.name) && builder.build().is_empty());
+    }
+}
+
+#[test]
+fn a_published_table_never_changes() {
+    let mut builder = TableBuilder::new(Arc::new(Slots::new(1)));
+    builder.set(spec("a", 1, "10.96.0.1", &["10.0.0.1:80"]));
+    let before = builder.build();
+    assert!(!builder.set(spec("a", 1, "10.96.0.1", &["10.0.0.1:80"])), "an equal spec is no change");
+    builder.set(spec("a", 1, "10.96.0.9", &["10.0.0.2:80"]));
+    let after = builder.build();
+    assert!(before.is_cluster_ip("10.96.0.1".parse().unwrap()) && !before.is_cluster_ip("10.96.0.9".parse().unwrap()));
+    assert!(after.is_cluster_ip("10.96.0.9".parse().unwrap()) && !after.is_cluster_ip("10.96.0.1".parse().unwrap()));
+    assert!(after.generation() > before.generation());
+}
+
+#[test]
+fn an_endpoint_keeps_its_slot_while_flows_use_it() {
+    let slots = Arc::new(Slots::new(1));
+    let mut builder = TableBuilder::new(Arc::clone(&slots));
+    let slot = |builder: &TableBuilder, endpoint: &str| {
+        let address: SocketAddr = endpoint.parse().unwrap();
+        builder.endpoints().find(|(name, _)| name.address == address).map(|(_, slot)| slot)
+    };
+    builder.set(spec("a", 1, "10.96.0.1", &["10.0.0.1:80", "10.0.0.2:80"]));
+    let busy = slot(&builder, "10.0.0.1:80").unwrap();
+    let name = ServiceName::new("ns", "a");
+    let found = builder.endpoint_slot(&name, "http", Protocol::Tcp, "10.0.0.1:80".parse().unwrap());
+    assert_eq!(found, Some(busy));
+    slots.flow_opened(busy);
+    builder.set(spec("a", 1, "10.96.0.1", &["10.0.0.3:80"]));
+    assert_eq!(slots.endpoint(0, busy).standing(), Standing::NoDatagrams, "its UDP flows end");
+    builder.release_idle();
+    assert!(slot(&builder, "10.0.0.2:80").is_some(), "a thread may still use the last table");
+    builder.release_idle();
+    assert_eq!(slot(&builder, "10.0.0.1:80"), Some(busy));
+    assert_eq!(slot(&builder, "10.0.0.2:80"), None, "the idle one is free");
+    slots.flow_finished(busy);
+    slots.flow_forgotten(busy);
+    builder.release_idle();
+    assert_eq!(slot(&builder, "10.0.0.1:80"), None);
+    assert_eq!(slots.life(busy), None);
+}
+
+/// Another uid at the same address is another endpoint, and so is who comes back after the end.
+#[test]
+fn a_reused_address_is_another_endpoint() {
+    let slots = Arc::new(Slots::new(1));
+    let mut builder = TableBuilder::new(Arc::clone(&slots));
+    let mut set = |uid, condition| {
+        let mut spec = spec("a", 1, "10.96.0.1", &["10.0.0.1:80"]);
+        let endpoint = EndpointSpec { uid: Uid(uid), condition, ..spec.ports[0].endpoints[0] };
+        spec.ports[0].endpoints = vec![endpoint];
+        builder.set(spec.clone());
+        let slot = builder.endpoint_slot(&spec.name, "http", Protocol::Tcp, endpoint.address).unwrap();
+        assert_eq!(slots.life(slot), Some(Life::Present { condition, drain: None }));
+        slot
+    };
+    let first = set(1, Condition::Ready);
+    assert_eq!(set(1, Condition::Terminating { serving: true }), first);
+    let second = set(2, Condition::Ready);
+    assert_ne!(second, first);
+    assert_eq!(slots.life(first), Some(Life::Gone(Cause::Terminated)));
+    let third = set(1, Condition::Ready);
+    assert!(third != first && third != second, "it was gone");
+    assert!(matches!(slots.life(second), Some(Life::Left { .. })));
+    assert_eq!(set(2, Condition::Ready), second, "it came back in time");
+}
