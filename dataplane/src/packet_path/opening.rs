@@ -1,8 +1,10 @@
 //! What becomes of a connection whose endpoint does not take it: it is opened at another one before its client notices.
 
+use std::net::SocketAddr;
+
 use super::worker::{Action, Worker, open_at};
 use crate::decide::{NewFlow, Verdict};
-use crate::flow::{Hit, NewFlowRecord, State};
+use crate::flow::{Hit, NewFlowRecord, Source, State};
 use crate::net::Direction;
 use crate::packet::view::{Packet, Tcp, Transport};
 use crate::packet::{rewrite, vnet};
@@ -27,6 +29,15 @@ impl Worker {
         let progress = self.shared.flows.opening(&hit, now_ms);
         match hit.direction {
             Direction::Reply if tcp.syn && tcp.ack => self.shared.slots.open_succeeded(hit.fields().endpoint_slot),
+            // The endpoint remembers a connection that ended (TIME-WAIT) of this very port, by another client whose clock
+            // runs apart, and answers for it (RFC 9293 §3.10.7.4, RFC 7323 §5.3).
+            Direction::Reply
+                if tcp.ack && !tcp.rst && !progress.is_answered && tcp.acknowledgement != progress.expected =>
+            {
+                if let Some(action) = self.by_another_port(&hit, now_ms)? {
+                    return Ok(Opening::Instead(action));
+                }
+            }
             // RFC 9293 §3.10.7.3: a RST counts if it acknowledges the SYN.
             Direction::Reply if tcp.rst && tcp.ack && tcp.acknowledgement == progress.expected => {
                 return Ok(match self.failed(&hit, Failure::Refused, now_ms)? {
@@ -74,6 +85,29 @@ impl Worker {
             Some(next) => self.send_syn(&next, now_ms).map(Some),
             None => Ok(None),
         }
+    }
+
+    /// Opens the flow at the same endpoint from another masquerade port; nothing when the source is the client's own.
+    fn by_another_port(&mut self, hit: &Hit, now_ms: u64) -> Result<Option<Action>, Drop> {
+        let (fields, shared) = (hit.fields(), &*self.shared);
+        if fields.source == Source::Preserved
+            || !shared.opens.find(&fields.request).is_some_and(|mut open| open.try_port())
+        {
+            return Ok(None);
+        }
+        let Some(source) = shared.flows.masquerade_of(fields.request.source.family()) else { return Ok(None) };
+        shared.flows.close(hit);
+        let new = NewFlowRecord {
+            request: fields.request,
+            endpoint: SocketAddr::new(fields.endpoint.ip(), fields.endpoint_port),
+            endpoint_slot: fields.endpoint_slot,
+            port_slot: fields.port_slot,
+            frontend: fields.frontend,
+            state: State::Opening,
+        };
+        // Without a port the client's next SYN begins anew.
+        let next = shared.flows.open(&new, source, now_ms).map_err(|_| Drop::NoPort)?;
+        self.send_syn(&next, now_ms).map(Some)
     }
 
     /// Moves a flow to an endpoint where it was not tried yet; nothing when it may not move or there is none.

@@ -7,6 +7,8 @@ use crate::table::EndpointSlot;
 
 /// Times that a connection is moved to another endpoint.
 pub(super) const MOVES: usize = 2;
+/// Masquerade ports that are tried towards one endpoint besides the first.
+const PORTS: usize = 32;
 /// Bytes of the longest SYN that is kept: an IPv6 header and a TCP header with all its options, and some more.
 const SYN_LIMIT: usize = 120;
 /// Connections kept at most. A newer one takes an older one's place, which then is not retried.
@@ -21,6 +23,8 @@ pub(super) struct Open {
     length: usize,
     /// The SYN's checksum is for the kernel to finish.
     partial: bool,
+    /// Masquerade ports that were tried besides the first.
+    ports: usize,
 }
 
 impl Open {
@@ -31,6 +35,7 @@ impl Open {
         syn: [0; SYN_LIMIT],
         length: 0,
         partial: false,
+        ports: 0,
     };
 
     /// Endpoints it was sent to; nothing once it may not be moved any more.
@@ -44,6 +49,12 @@ impl Open {
             *place = endpoint;
             self.tries += 1;
         }
+    }
+
+    /// Notes that one more masquerade port is tried; `false` once it were too many.
+    pub(super) fn try_port(&mut self) -> bool {
+        self.ports += 1;
+        self.ports <= PORTS && self.length > 0
     }
 
     /// The client's SYN as it came, and whether its checksum is partial. Empty when it was too long to keep.

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use arc_swap::Cache;
 
 use crate::decide::{NewFlow, Verdict};
-use crate::flow::{Address, FlowKey, Full, Hit, NewFlowRecord, SourceChoice, State};
+use crate::flow::{Address, FlowKey, Full, Hit, NewFlowRecord, Source, SourceChoice, State};
 use crate::net::{Direction, Protocol};
 use crate::packet::view::{Packet, Tcp, Transport};
 use crate::packet::{icmp, reply, rewrite, vnet};
@@ -215,7 +215,8 @@ impl Worker {
                     let (endpoint, slots) = (hit.fields().endpoint_slot, &shared.slots);
                     shared.affinity.remember(slot, client, endpoint, slots, timeout, now_ms);
                 }
-                if tcp.is_some() && frontend.port.retry && endpoints.len() > 1 {
+                let may_move = frontend.port.retry && endpoints.len() > 1;
+                if tcp.is_some() && (may_move || hit.fields().source != Source::Preserved) {
                     shared.opens.keep(key, hit.fields().endpoint_slot, &bytes[..packet.length], partial);
                 }
                 let endpoint = shared.slots.endpoint(self.thread, hit.fields().endpoint_slot);

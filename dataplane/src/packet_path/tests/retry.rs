@@ -193,3 +193,26 @@ fn an_endpoint_that_refuses_is_ejected_until_its_time_is_over() {
     path.send(segment(pod, seen, "SA", 90_000, 7_001)).unwrap();
     assert_eq!(path.shared.slots.ejected_until(EndpointSlot(1)), None);
 }
+
+/// A connection of the masquerade port ended a moment ago, and the endpoint remembers it.
+#[test]
+fn a_port_that_the_endpoint_remembers_is_passed_over() {
+    let mut path = path(&PODS[..1]);
+    let client = "8.8.8.8:999";
+    let (seen, pod) = syn(&mut path, client);
+    let challenge = |seen| segment(pod, seen, "A", 55, 66);
+    let (again, same, packet, bytes) = path.send(challenge(seen)).expect("the SYN goes out from another port");
+    assert_eq!((same, again.ip()), (pod, seen.ip()));
+    assert_ne!(again.port(), seen.port());
+    assert_eq!(bytes[..packet.length], segment(again, pod, "S", 7_000, 0).split_off(vnet::LEN));
+    let (from, to, ..) = path.send(segment(pod, again, "SA", 90_000, 7_001)).unwrap();
+    assert_eq!((from, to), (socket(FRONTEND), socket(client)));
+    assert_eq!(path.send(segment(socket(client), socket(FRONTEND), "A", 7_001, 90_001)).unwrap().0, again);
+    assert_eq!(path.states(), ["established"]);
+    assert_eq!(path.shared.slots.active(EndpointSlot(1)), 1);
+    // A client that kept its own address has only the one port.
+    let (seen, pod) = syn(&mut path, CLIENT);
+    let (from, to, packet, _) = path.send(segment(pod, seen, "A", 55, 66)).unwrap();
+    assert_eq!((from, to), (socket(FRONTEND), socket(CLIENT)));
+    assert!(!is_reset(&packet));
+}
