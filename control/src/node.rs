@@ -108,3 +108,72 @@ fn node_port_loopback(config: &Config) -> Vec<IpNet> {
     });
     ranges.collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn facts(addresses: &[(&str, &str)], interfaces: &[&str]) -> NodeFacts {
+        let addresses: Vec<Value> =
+            addresses.iter().map(|(type_, address)| json!({"type": type_, "address": address})).collect();
+        let node: Node =
+            serde_json::from_value(json!({"metadata": {"name": "me"}, "status": {"addresses": addresses}})).unwrap();
+        let interfaces: Vec<IpAddr> = interfaces.iter().map(|address| address.parse().unwrap()).collect();
+        NodeFacts::new("me", Some(&node), &interfaces)
+    }
+
+    fn text(addresses: &[impl ToString]) -> String {
+        addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn primary_is_the_first_internal_address_of_each_family_then_external_then_the_hosts() {
+        for (addresses, interfaces, primary) in [
+            (
+                &[("ExternalIP", "198.51.100.1"), ("InternalIP", "10.0.0.1"), ("InternalIP", "10.0.0.2")][..],
+                &[][..],
+                "10.0.0.1",
+            ),
+            (&[("InternalIP", "fd00::1"), ("InternalIP", "10.0.0.1")], &["10.9.9.9"], "10.0.0.1 fd00::1"),
+            (&[("InternalIP", "10.0.0.1"), ("ExternalIP", "2001:db8::1")], &[], "10.0.0.1 2001:db8::1"),
+            (&[("InternalIP", "010.00.0.1"), ("Hostname", "me"), ("InternalIP", "x")], &[], "10.0.0.1"),
+            (&[], &["10.9.9.9", "fd00::9"], "10.9.9.9 fd00::9"),
+            (&[], &[], ""),
+        ] {
+            assert_eq!(text(&facts(addresses, interfaces).primary), primary, "{addresses:?} {interfaces:?}");
+        }
+    }
+
+    #[test]
+    fn node_ports_answer_on_the_addresses_that_are_named() {
+        let both = [
+            ("InternalIP", "10.0.0.1"),
+            ("InternalIP", "10.0.0.2"),
+            ("InternalIP", "fd00::1"),
+            ("InternalIP", "fd00::2"),
+        ];
+        let only_v4 = [("InternalIP", "10.0.0.1"), ("InternalIP", "10.0.0.2")];
+        let loopback = "127.0.0.0/8 ::1/128";
+        for (addresses, entries, served, on_loopback) in [
+            (&both[..], &["primary"][..], "10.0.0.1 fd00::1", ""),
+            // A family that no entry speaks of is served everywhere.
+            (&only_v4, &["primary"], "10.0.0.1 fd00::7", ""),
+            (&both, &["10.0.0.2/32"], "10.0.0.2 fd00::1 fd00::2 fd00::7", ""),
+            (&both, &["primary", "10.0.0.2/32"], "10.0.0.1 10.0.0.2 fd00::1", ""),
+            (&both, &["all"], "10.0.0.1 10.0.0.2 fd00::1 fd00::2 fd00::7", ""),
+            (&both, &["0.0.0.0/0", "fd00::2/128"], "10.0.0.1 10.0.0.2 fd00::2", ""),
+            (&both, &["localhost"], "", loopback),
+            (&both, &["primary", "localhost"], "10.0.0.1 fd00::1", loopback),
+            (&both, &["127.0.0.0/8", "::1/128"], "", ""),
+            (&both, &["172.16.0.0/12"], "fd00::1 fd00::2 fd00::7", ""),
+        ] {
+            let facts = facts(addresses, &["127.0.0.1", "::1", "fd00::7"]);
+            let node_port_addresses = entries.iter().map(|entry| entry.parse().unwrap()).collect();
+            let spec = facts.spec(&Config { node_port_addresses, ..Config::default() }, Vec::new());
+            assert_eq!(text(&spec.node_port_addresses), served, "{entries:?}");
+            assert_eq!(text(&spec.node_port_loopback), on_loopback, "{entries:?}");
+        }
+    }
+}

@@ -53,8 +53,21 @@ fn every_case_is_answered_as_kube_proxy_would() {
     });
     let Tally { passed, mut failures } = total.into_inner().unwrap();
     failures.sort();
-    println!("{} cases: {passed} passed, {} failed", cases.len(), failures.len());
+    // Not by println: the test harness would keep it to itself.
+    writeln!(std::io::stdout(), "{} cases: {passed} passed, {} failed", cases.len(), failures.len()).unwrap();
     assert!(failures.is_empty(), "{passed} passed, {} failed\n{}", failures.len(), failures.join("\n"));
+}
+
+#[test]
+fn every_rule_of_our_own_cases_is_in_the_table() {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let table = fs::read_to_string(here.join("README.md")).unwrap();
+    for case in json_files(&here.join("tests/cases"), |_| true).iter().flat_map(|path| read(path)) {
+        let (rule, name) = (case.case["source"].as_str().unwrap(), case.case["name"].as_str().unwrap());
+        let row = table.lines().find(|line| line.starts_with(&format!("| {rule} |")));
+        let row = row.unwrap_or_else(|| panic!("tests/README.md has no row for {rule:?}, the rule of {name}"));
+        assert!(row.contains(&format!("`{name}`")), "tests/README.md: {name} is missing in the row of {rule:?}");
+    }
 }
 
 /// Case files: our own, those beside the project, and those of the folder in `SLUICE_CASES`.

@@ -62,14 +62,14 @@ fn mode_section(html: &mut String, mode: &ModeReport) {
 fn table(summary: &Summary) -> String {
     let each = if summary.is_bulk() { "MB" } else { "request" };
     let mut html = format!(
-        "<table><tr><th>peer<th>median<th>min – max<th>to direct<th>p50<th>p99<th>tool CPU a {each}<th>peer CPU a \
-         {each}<th>errors"
+        "<table><tr><th>peer<th>median<th>min – max<th>to direct<th>p50<th>p99<th>tool CPU a {each}<th>peer CPU<th>interrupts\
+         <th>errors"
     );
     for row in &summary.rows {
         let latency = |name: &str| row.latency_us.get(name).map_or("–".to_owned(), |us| micros(*us));
         let written = write!(
             html,
-            "<tr><td>{}<td>{}<td>{} – {}<td>{:.2} [{:.2} – {:.2}]<td>{}<td>{}<td>{:.2} µs<td>{:.2} µs<td>{}",
+            "<tr><td>{}<td>{}<td>{} – {}<td>{:.2} [{:.2} – {:.2}]<td>{}<td>{}<td>{:.1} µs<td>{:.1} µs<td>{:.1} µs<td>{}",
             row.peer,
             show(summary.cell, row.value.median),
             show(summary.cell, row.value.min),
@@ -81,6 +81,7 @@ fn table(summary: &Summary) -> String {
             latency("p99"),
             row.tool_user_us + row.tool_system_us,
             row.peer_cpu_us,
+            row.interrupt_cpu_us,
             row.failures.values().sum::<u64>()
         );
         written.expect("writing to a string cannot fail");

@@ -227,24 +227,37 @@ fn latency_rate(arguments: &CompareArgs, direct: &Running, mode: Mode) -> Result
 }
 
 fn measure(plan: &Plan, running: &Running, mode: Mode, watch: impl FnMut(&workload::Sample)) -> Result<Round> {
-    let (own, theirs, all) = (Cpu::of_process(), running.cpu_us(), machine_cpu_us());
+    let (own, theirs, before) = (Cpu::of_process(), running.cpu_us(), MachineCpu::now());
     let outcome = workload::run(Some(running.lab.client(mode)), plan, watch)?;
-    let (own, theirs, all) = (Cpu::of_process().since(own), running.cpu_us() - theirs, machine_cpu_us() - all);
+    let (own, theirs, after) = (Cpu::of_process().since(own), running.cpu_us() - theirs, MachineCpu::now());
     let lasted = (plan.warmup + plan.duration).as_secs_f64() * 1e6 * cores() as f64;
+    let programs = after.programs_us - before.programs_us;
     Ok(Round {
         tool_cpu: own.each(outcome.total),
         peer_cpu_us: theirs / outcome.total.max(1.0),
-        others: ((all - own.user_us - own.system_us - theirs) / lasted).max(0.0),
+        interrupt_cpu_us: (after.interrupts_us - before.interrupts_us) / outcome.total.max(1.0),
+        others: ((programs - own.user_us - own.system_us - theirs) / lasted).max(0.0),
         outcome,
     })
 }
 
-/// Processor time of all programs of this machine, in microseconds.
-fn machine_cpu_us() -> f64 {
-    let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
-    // user, nice and system; interrupts are nobody's.
-    let ticks = stat.split_whitespace().skip(1).take(3).filter_map(|ticks| ticks.parse::<f64>().ok());
-    ticks.sum::<f64>() * peer::TICK_US
+/// Processor time of this machine since its start.
+struct MachineCpu {
+    programs_us: f64,
+    /// Soft interrupts too: there the kernel does most of its networking. Not part of any program's time where the kernel
+    /// keeps account of them.
+    interrupts_us: f64,
+}
+
+impl MachineCpu {
+    fn now() -> Self {
+        let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+        // cpu user nice system idle iowait irq softirq
+        let ticks: Vec<f64> = stat.split_whitespace().skip(1).take(7).filter_map(|ticks| ticks.parse().ok()).collect();
+        let sum =
+            |range: std::ops::Range<usize>| ticks.get(range).unwrap_or_default().iter().sum::<f64>() * peer::TICK_US;
+        Self { programs_us: sum(0..3), interrupts_us: sum(5..7) }
+    }
 }
 
 /// How a figure of this cell is written.

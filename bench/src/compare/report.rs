@@ -23,6 +23,8 @@ pub(super) struct Round {
     pub(super) tool_cpu: Cpu,
     /// What the peer's processes used, a request, in microseconds.
     pub(super) peer_cpu_us: f64,
+    /// What the kernel used in interrupts, a request, in microseconds.
+    pub(super) interrupt_cpu_us: f64,
     /// Part of the machine that other programs used meanwhile.
     pub(super) others: f64,
 }
@@ -113,6 +115,7 @@ impl Table {
             tool_user_us: median(|round| round.tool_cpu.user_us)?,
             tool_system_us: median(|round| round.tool_cpu.system_us)?,
             peer_cpu_us: median(|round| round.peer_cpu_us)?,
+            interrupt_cpu_us: median(|round| round.interrupt_cpu_us)?,
             failures,
             series: rounds
                 .iter()
@@ -192,6 +195,7 @@ pub(super) struct Row {
     pub(super) tool_user_us: f64,
     pub(super) tool_system_us: f64,
     pub(super) peer_cpu_us: f64,
+    pub(super) interrupt_cpu_us: f64,
     pub(super) failures: BTreeMap<String, u64>,
     /// Rate ten times a second, a list for each round.
     pub(super) series: Vec<Vec<f64>>,
@@ -262,8 +266,9 @@ impl Summary {
             format!("to direct [{:.0} %]", confidence * 100.0),
             "p50".to_owned(),
             "p99".to_owned(),
-            format!("tool CPU/{each} µs"),
-            format!("peer CPU/{each} µs"),
+            format!("CPU µs/{each}: tool"),
+            "peer".to_owned(),
+            "interrupts".to_owned(),
             "errors".to_owned(),
         ]);
         for row in &self.rows {
@@ -275,8 +280,9 @@ impl Summary {
                 format!("{:.2} [{:.2} – {:.2}]", row.ratio.median, row.ratio.low, row.ratio.high),
                 latency("p50"),
                 latency("p99"),
-                format!("{:.2} + {:.2} sys", row.tool_user_us, row.tool_system_us),
-                if row.peer_cpu_us > 0.0 { format!("{:.2}", row.peer_cpu_us) } else { "-".to_owned() },
+                format!("{:.1} + {:.1} sys", row.tool_user_us, row.tool_system_us),
+                if row.peer_cpu_us > 0.0 { format!("{:.1}", row.peer_cpu_us) } else { "-".to_owned() },
+                format!("{:.1}", row.interrupt_cpu_us),
                 row.failures.values().sum::<u64>().to_string(),
             ]);
         }

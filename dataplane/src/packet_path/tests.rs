@@ -308,3 +308,18 @@ fn garbage_is_counted_and_harmless() {
         path.shared.drops().iter().filter(|drop| drop.0.starts_with("malformed")).map(|drop| drop.1).sum();
     assert!(malformed > 10_000);
 }
+
+#[test]
+fn an_endpoint_that_is_a_frontend_gets_no_flow() {
+    let mut path = Path::new(100);
+    path.serve(Protocol::Tcp, &["192.168.0.1:30080", "10.244.1.1:8080", "10.96.0.10:81"]);
+    for port in 40000..40020 {
+        assert_eq!(path.connect(&format!("10.244.0.9:{port}"), FRONTEND).1, socket("10.244.1.1:8080"));
+    }
+    path.serve(Protocol::Tcp, &["192.168.0.1:30080"]);
+    assert!(path.tcp("10.244.0.9:50000", FRONTEND, "S").is_none());
+    assert_eq!(path.shared.drops[0].get(super::drops::Drop::Loop), 1);
+    // On the same address another port is an endpoint like any other.
+    path.serve(Protocol::Tcp, &["192.168.0.1:8080"]);
+    assert_eq!(path.connect("10.244.0.9:50001", FRONTEND).1, socket("192.168.0.1:8080"));
+}
