@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use hdrhistogram::Histogram;
@@ -17,6 +17,10 @@ use super::frontends::{Expect, From, Lane};
 const CLIENTS: usize = 4;
 /// Pause of a client between two connections: the machine does more than this.
 const PAUSE: Duration = Duration::from_millis(1);
+/// Shortest time between two connections of a lane from outside. They are masqueraded: some 4,500 ports are shared towards
+/// each endpoint, and a Pod remembers a closed connection for a minute and may take a new one on its port for a stray
+/// packet, so that its SYN waits a second. At this pace two lanes to one endpoint need no port twice.
+const OUTSIDE_INTERVAL: Duration = Duration::from_millis(8);
 /// Bound on connecting and on each wait: longer than a lost SYN takes to be sent again, so that only real failures fail.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -106,21 +110,46 @@ pub(super) struct Traffic {
 
 #[derive(Debug)]
 struct Shared {
-    lanes: Vec<(Lane, Mutex<LaneTally>)>,
+    lanes: Vec<Dialled>,
     phase: Mutex<Phase>,
     stop: AtomicBool,
     counters: Arc<Counters>,
 }
 
+#[derive(Debug)]
+struct Dialled {
+    lane: Lane,
+    tally: Mutex<LaneTally>,
+    /// Not to be dialled before.
+    due: Mutex<Instant>,
+}
+
+impl Dialled {
+    /// Whether it may be dialled now, which then is done.
+    fn take_turn(&self, now: Instant) -> bool {
+        let mut due = lock(&self.due);
+        if *due > now {
+            return false;
+        }
+        *due = match self.lane.from {
+            From::Pod => now,
+            From::Outside => now + OUTSIDE_INTERVAL,
+        };
+        true
+    }
+}
+
 impl Traffic {
     /// Starts clients in both places, as far as there is something to dial from there.
     pub(super) fn start(lanes: Vec<Lane>, pod: &NetNs, outside: &NetNs) -> Result<Self> {
-        let lanes = lanes.into_iter().map(|lane| (lane, Mutex::default())).collect();
+        let now = Instant::now();
+        let dialled = |lane| Dialled { lane, tally: Mutex::default(), due: Mutex::new(now) };
+        let lanes = lanes.into_iter().map(dialled).collect();
         let shared =
             Shared { lanes, phase: Mutex::new(Phase::Steady), stop: AtomicBool::new(false), counters: Arc::default() };
         let mut traffic = Self { shared: Arc::new(shared), clients: Vec::new() };
         for (from, ns) in [(From::Pod, pod), (From::Outside, outside)] {
-            let own = traffic.shared.lanes.iter().enumerate().filter(|(_, (lane, _))| lane.from == from);
+            let own = traffic.shared.lanes.iter().enumerate().filter(|(_, dialled)| dialled.lane.from == from);
             let own: Vec<usize> = own.map(|(position, _)| position).collect();
             for client in 0..if own.is_empty() { 0 } else { CLIENTS } {
                 // Clients begin at different lanes, so that the load is spread from the start.
@@ -152,7 +181,7 @@ impl Traffic {
                 std::panic::resume_unwind(panic);
             }
         }
-        self.shared.lanes.iter().map(|(lane, tally)| (lane.clone(), lock(tally).clone())).collect()
+        self.shared.lanes.iter().map(|dialled| (dialled.lane.clone(), lock(&dialled.tally).clone())).collect()
     }
 
     fn spawn_client(&mut self, ns: &NetNs, lanes: Vec<usize>) -> Result<()> {
@@ -184,14 +213,18 @@ fn run_client(shared: &Shared, lanes: &[usize]) {
         if shared.stop.load(Ordering::Relaxed) {
             return;
         }
-        let (lane, tally) = &shared.lanes[*position];
-        let phase = *lock(&shared.phase);
+        let dialled = &shared.lanes[*position];
+        if !dialled.take_turn(Instant::now()) {
+            std::thread::sleep(PAUSE);
+            continue;
+        }
+        let (lane, phase) = (&dialled.lane, *lock(&shared.phase));
         let attempt = ask(lane.target(), PATIENCE);
         if !is_as_expected(lane.expect, &attempt.result) {
             shared.counters.errors.fetch_add(1, Ordering::Relaxed);
         }
         shared.counters.connections.fetch_add(1, Ordering::Relaxed);
-        lock(tally).record(phase, &attempt);
+        lock(&dialled.tally).record(phase, &attempt);
         std::thread::sleep(PAUSE);
     }
 }
@@ -210,6 +243,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::demo::frontends::PortKey;
+    use sluice_dataplane::net::Protocol;
+    use sluice_dataplane::table::{FrontendKind, ServiceName};
 
     #[test]
     fn attempts_are_counted_by_pod_and_by_phase() {
@@ -225,6 +261,27 @@ mod tests {
         assert_eq!(tally.answered["a"].len(), 2);
         assert_eq!(tally.failures, BTreeMap::from([((Phase::RollingUpdate, Failure::Reset), 1)]));
         assert_eq!(tally.connections(), 4);
+    }
+
+    #[test]
+    fn lanes_from_outside_have_a_pace() {
+        let port =
+            PortKey { service: ServiceName::new("n", "s"), port: 80, protocol: Protocol::Tcp, name: String::new() };
+        let now = Instant::now();
+        for (from, again) in [(From::Pod, true), (From::Outside, false)] {
+            let lane = Lane {
+                port: port.clone(),
+                kind: FrontendKind::NodePort,
+                address: "192.168.50.1:30080".parse().unwrap(),
+                from,
+                expect: Expect::Answer,
+                is_sticky: false,
+            };
+            let dialled = Dialled { lane, tally: Mutex::default(), due: Mutex::new(now) };
+            assert!(dialled.take_turn(now));
+            assert_eq!(dialled.take_turn(now), again, "{from:?}");
+            assert!(dialled.take_turn(now + OUTSIDE_INTERVAL));
+        }
     }
 
     #[test]
