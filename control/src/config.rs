@@ -4,10 +4,11 @@ use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize};
-use sluice_dataplane::table::Balancing;
+use sluice_dataplane::table::{Balancing, DrainTimeout};
 
 const API_VERSION: &str = "sluice.dev/v1alpha1";
 const KIND: &str = "SluiceConfiguration";
@@ -46,6 +47,15 @@ pub struct Config {
     pub service_proxy_name: String,
     /// Endpoint selection where a Service does not choose.
     pub balancing: Balancing,
+    /// What becomes of the flows of endpoints that leave.
+    pub drain: Drain,
+    /// Try a new connection at another endpoint when the chosen one does not take it.
+    pub retry: bool,
+    /// How long an endpoint that became ready gets fewer new flows than its share, under least-connections; 0s: never.
+    #[serde(deserialize_with = "duration")]
+    pub slow_start: Duration,
+    /// Failed opens in a row after which an endpoint gets no new flows for a while; 0: never.
+    pub eject_after: u16,
     /// Packet threads, each with a TUN queue. Default: one for each CPU, at most 8.
     pub workers: Option<usize>,
     /// Most flows at a time.
@@ -74,6 +84,10 @@ impl Default for Config {
             masquerade_all: false,
             service_proxy_name: String::new(),
             balancing: Balancing::default(),
+            drain: Drain::default(),
+            retry: true,
+            slow_start: Duration::from_secs(10),
+            eject_after: 5,
             workers: None,
             flow_table_size: 1_000_000,
             state_dir: PathBuf::from("/run/sluice"),
@@ -141,6 +155,38 @@ impl Config {
         };
         self.service_cidrs.clone().unwrap_or_else(default)
     }
+}
+
+/// What becomes of the flows of endpoints that leave.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct Drain {
+    /// How long an endpoint that leaves its slices, without having been terminating, keeps its flows: a duration such as
+    /// `10m`, or `never`. Per Service: annotation `sluice.dev/drain-timeout`.
+    #[serde(deserialize_with = "drain_timeout")]
+    pub timeout: DrainTimeout,
+}
+
+/// Reads a drain timeout.
+pub(crate) fn parse_drain_timeout(text: &str) -> Result<DrainTimeout, String> {
+    match text {
+        "never" => Ok(DrainTimeout::Never),
+        text => parse_duration(text).map(DrainTimeout::After).map_err(|reason| format!("{reason}, or never")),
+    }
+}
+
+/// Reads a duration such as `10m`, `1h30m` or `500ms`.
+pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
+    let duration = text.parse::<jiff::SignedDuration>().ok().and_then(|duration| Duration::try_from(duration).ok());
+    duration.ok_or_else(|| format!("{text:?} is no duration: use one such as 10m, 30s or 1h30m"))
+}
+
+fn drain_timeout<'de, D: Deserializer<'de>>(deserializer: D) -> Result<DrainTimeout, D::Error> {
+    parse_drain_timeout(&String::deserialize(deserializer)?).map_err(serde::de::Error::custom)
+}
+
+fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    parse_duration(&String::deserialize(deserializer)?).map_err(serde::de::Error::custom)
 }
 
 /// A configuration that cannot be used.
@@ -251,11 +297,12 @@ mod tests {
         let text = "apiVersion: sluice.dev/v1alpha1\nkind: SluiceConfiguration\nnodeName: n\nclusterCIDRs: [10.0.0.0/8]\n\
             serviceCIDRs: [10.96.0.0/16]\nlocalControllers: false\nprune: true\nnodePortAddresses: [primary, 10.0.0.0/8]\n\
             nodePortRange: 30000-30100\nmasqueradePorts: 61000-62000\nmasqueradeAll: true\nserviceProxyName: x\n\
-            balancing: round-robin\nworkers: 2\nflowTableSize: 10\nstateDir: /tmp/x\nadmin: 127.0.0.1:1\nhealth: '[::]:2'\n";
+            balancing: round-robin\ndrain: {timeout: never}\nretry: false\nslowStart: 5s\nejectAfter: 3\nworkers: 2\nflowTableSize: 10\nstateDir: /tmp/x\nadmin: 127.0.0.1:1\nhealth: '[::]:2'\n";
         let config = Config::parse(text).unwrap();
         assert_eq!(config.node_port_addresses.len(), 2);
         assert_eq!(config.node_port_range, PortRange::new(30000, 30100));
         assert_eq!(config.balancing, Balancing::RoundRobin);
+        assert_eq!((config.drain.timeout, config.slow_start), (DrainTimeout::Never, Duration::from_secs(5)));
         assert!(config.masquerade_all && config.prune && !config.local_controllers);
         assert_eq!(config.health.port(), 2);
     }
@@ -267,6 +314,8 @@ mod tests {
             ("\nbalancing: fastest\n", &["fastest", "line 2"]),
             ("nodePortRange: 10\n", &["10", "30000-32767"]),
             ("nodePortAddresses: [here]\n", &["here", "primary"]),
+            ("drain: {timeout: soon}\n", &["soon", "10m"]),
+            ("slowStart: fast\n", &["fast", "30s"]),
             ("kind: Other\n", &["Other"]),
             ("apiVersion: v2\n", &["v2"]),
             ("workers: 0\n", &["workers"]),

@@ -177,6 +177,8 @@ fn open_link(config: &Config, first: &Update, interfaces: &[IpAddr]) -> Result<(
         flow_capacity: config.flow_table_size,
         masquerade_addresses: masquerade,
         masquerade_ports: config.masquerade_ports.range(),
+        slow_start: config.slow_start,
+        eject_after: config.eject_after,
         seed: ahash::RandomState::new().hash_one(std::process::id()),
     };
     let tun = Tun::open(LINK, settings.workers).map_err(|error| match error.kind() {

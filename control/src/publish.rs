@@ -37,6 +37,8 @@ impl Publisher {
     #[must_use]
     pub fn new(config: Config, interfaces: Vec<IpAddr>, slots: Arc<Slots>) -> Self {
         let rules = Rules {
+            retry: config.retry,
+            drain_timeout: config.drain.timeout,
             service_proxy_name: config.service_proxy_name.clone(),
             balancing: config.balancing,
             service_cidrs: Vec::new(),

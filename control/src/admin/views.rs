@@ -5,7 +5,8 @@ use std::net::{IpAddr, SocketAddr};
 use ahash::AHashMap;
 use serde::{Deserialize, Serialize};
 use sluice_dataplane::net::Direction;
-use sluice_dataplane::table::{FrontendKey, PortSlot, PortSpec, ServiceSpec};
+use sluice_dataplane::packet_path::now_ms;
+use sluice_dataplane::table::{Deadline, EndpointName, FrontendKey, PortSlot, PortSpec, ServiceSpec};
 
 use crate::daemon::State;
 use crate::problem::Problem;
@@ -78,6 +79,12 @@ pub struct EndpointView {
     pub protocol: String,
     /// Address and port.
     pub address: SocketAddr,
+    /// `ready`, `not-ready`, `terminating`, `draining` or `gone`.
+    pub state: String,
+    /// Seconds until the flows of an endpoint that drains are cut.
+    pub deadline_seconds: Option<u64>,
+    /// Seconds for which it gets no new flows because too many failed.
+    pub ejected_seconds: Option<u64>,
     /// Gets new flows under policy Cluster.
     pub cluster: bool,
     /// Gets new flows under policy Local.
@@ -168,18 +175,16 @@ fn list<T>(state: &State, kind: &str, items: Vec<T>) -> List<T> {
 pub fn services(state: &State) -> List<ServiceView> {
     let publisher = state.publisher();
     let slots = &state.shared.slots;
+    let mut active = AHashMap::<_, u64>::new();
+    for (EndpointName { port, .. }, slot) in publisher.builder().endpoints() {
+        *active.entry((&port.service, &*port.port, port.protocol)).or_default() += u64::from(slots.active(slot));
+    }
     let mut items = Vec::new();
     for spec in publisher.builder().services() {
         for ports in by_port(spec) {
             let first = ports[0];
             let slot = publisher.builder().port_slot(&spec.name, &first.name, first.protocol).unwrap_or_default();
             let totals = slots.port_totals(slot);
-            let mut endpoints: Vec<SocketAddr> = ports.iter().flat_map(|port| &port.serving).copied().collect();
-            endpoints.sort_unstable();
-            endpoints.dedup();
-            let active = endpoints.iter().filter_map(|address| {
-                publisher.builder().endpoint_slot(&spec.name, &first.name, first.protocol, *address)
-            });
             items.push(ServiceView {
                 namespace: spec.name.namespace.to_string(),
                 name: spec.name.name.to_string(),
@@ -197,7 +202,7 @@ pub fn services(state: &State) -> List<ServiceView> {
                 local_endpoints: ports.iter().map(|port| port.local.addresses.len()).sum(),
                 made_up: publisher.made_up(&spec.name).iter().map(|field| (*field).to_owned()).collect(),
                 opened: totals.opened.iter().sum(),
-                active: active.map(|slot| u64::from(slots.active(slot))).sum(),
+                active: active.get(&(&spec.name, &*first.name, first.protocol)).copied().unwrap_or(0),
                 rejected: totals.rejected,
                 dropped: totals.dropped,
                 bytes_in: totals.bytes[IN],
@@ -224,36 +229,61 @@ pub(super) fn by_port(spec: &ServiceSpec) -> Vec<Vec<&PortSpec>> {
     ports
 }
 
-/// Every endpoint that serves, for each Service port.
+/// Every endpoint of each Service port: those in the slices, and those that left and still have flows.
 pub fn endpoints(state: &State) -> List<EndpointView> {
     let publisher = state.publisher();
-    let slots = &state.shared.slots;
-    let mut items = Vec::new();
-    for spec in publisher.builder().services() {
+    let (builder, slots, now_ms) = (publisher.builder(), &state.shared.slots, now_ms());
+    let mut lists = AHashMap::new();
+    for spec in builder.services() {
         for port in &spec.ports {
-            let mut addresses = [&port.cluster.addresses[..], &port.local.addresses, &port.serving].concat();
-            addresses.sort_unstable();
-            addresses.dedup();
-            for address in addresses {
-                let slot = publisher.builder().endpoint_slot(&spec.name, &port.name, port.protocol, address);
-                let totals = slot.map(|slot| slots.endpoint_totals(slot)).unwrap_or_default();
-                items.push(EndpointView {
-                    namespace: spec.name.namespace.to_string(),
-                    service: spec.name.name.to_string(),
-                    port_name: port.name.clone(),
-                    protocol: port.protocol.to_string(),
-                    address,
-                    cluster: port.cluster.addresses.contains(&address),
-                    local: port.local.addresses.contains(&address),
-                    opened: totals.opened,
-                    active: slot.map_or(0, |slot| slots.active(slot).into()),
-                    bytes_in: totals.bytes[IN],
-                    bytes_out: totals.bytes[OUT],
-                    packets_in: totals.packets[IN],
-                    packets_out: totals.packets[OUT],
-                });
-            }
+            let mut note = |addresses: &[SocketAddr], list: usize| {
+                for address in addresses {
+                    let key = (&spec.name, &*port.name, port.protocol, *address);
+                    lists.entry(key).or_insert([false; 2])[list] = true;
+                }
+            };
+            note(&port.cluster.addresses, 0);
+            note(&port.local.addresses, 1);
         }
+    }
+    let mut items = Vec::new();
+    for (name, slot) in builder.endpoints() {
+        let EndpointName { port, address, .. } = name;
+        let (Some(life), active) = (slots.life(slot), slots.active(slot)) else { continue };
+        let is_here = builder.endpoint_slot(&port.service, &port.port, port.protocol, *address) == Some(slot);
+        if !is_here && active == 0 {
+            continue;
+        }
+        let [cluster, local] = lists
+            .get(&(&port.service, &*port.port, port.protocol, *address))
+            .copied()
+            .filter(|_| is_here)
+            .unwrap_or_default();
+        let seconds_until = |until: u64| until.checked_sub(now_ms).filter(|left| *left > 0).map(|left| left.div_ceil(1000));
+        let deadline_seconds = match life.deadline() {
+            Some(Deadline::At(at)) => seconds_until(at).or(Some(0)),
+            Some(Deadline::In(more)) => Some(more.div_ceil(1000)),
+            Some(Deadline::Never) | None => None,
+        };
+        let totals = slots.endpoint_totals(slot);
+        items.push(EndpointView {
+            namespace: port.service.namespace.to_string(),
+            service: port.service.name.to_string(),
+            port_name: port.port.to_string(),
+            protocol: port.protocol.to_string(),
+            address: *address,
+            state: life.name().to_owned(),
+            deadline_seconds,
+            ejected_seconds: slots.ejected_until(slot).and_then(seconds_until),
+            cluster,
+            local,
+            opened: totals.opened,
+            active: active.into(),
+            bytes_in: totals.bytes[IN],
+            bytes_out: totals.bytes[OUT],
+            packets_in: totals.packets[IN],
+            packets_out: totals.packets[OUT],
+        });
     }
     items.sort_by(|a, b| {
         (&a.namespace, &a.service, &a.port_name, &a.protocol, a.address).cmp(&(

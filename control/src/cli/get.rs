@@ -195,7 +195,7 @@ impl Row for ServiceView {
 
 impl Row for EndpointView {
     fn header(wide: bool) -> Vec<&'static str> {
-        let mut header = vec!["NAMESPACE", "SERVICE", "PORT", "ENDPOINT", "NEW-FLOWS", "ACTIVE", "OPENED"];
+        let mut header = vec!["NAMESPACE", "SERVICE", "PORT", "ENDPOINT", "STATE", "NEW-FLOWS", "ACTIVE", "OPENED"];
         if wide {
             header.extend(["BYTES-IN", "BYTES-OUT", "PACKETS-IN", "PACKETS-OUT"]);
         }
@@ -210,11 +210,17 @@ impl Row for EndpointView {
             (false, false) => "no",
         };
         let name = if self.port_name.is_empty() { String::new() } else { format!("{}/", self.port_name) };
+        let state = match (self.ejected_seconds, self.deadline_seconds) {
+            (Some(seconds), _) => format!("ejected {seconds}s"),
+            (None, Some(seconds)) => format!("{} {seconds}s", self.state),
+            (None, None) => self.state.clone(),
+        };
         let mut cells = vec![
             self.namespace.clone(),
             self.service.clone(),
             format!("{name}{}", self.protocol),
             self.address.to_string(),
+            state,
             gets.to_owned(),
             self.active.to_string(),
             self.opened.to_string(),

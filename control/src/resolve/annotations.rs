@@ -1,19 +1,22 @@
 //! The annotations of ours that a Service may have.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use sluice_dataplane::table::Balancing;
+use sluice_dataplane::table::{Balancing, DrainTimeout};
 
 use super::problems::Problems;
+use crate::config::parse_drain_timeout;
 
+/// `on` or `off`: new connections that their endpoint does not take.
+const RETRY: &str = "sluice.dev/retry";
+/// A duration, or `never`.
+const DRAIN_TIMEOUT: &str = "sluice.dev/drain-timeout";
 /// Names the algorithm of endpoint selection.
 const LOAD_BALANCER: &str = "sluice.dev/load-balancer";
 
 /// The Service's own endpoint selection, or `default`.
 pub(super) fn balancing(metadata: &ObjectMeta, default: Balancing, problems: &mut Problems<'_>) -> Balancing {
-    let Some(name) = metadata.annotations.as_ref().and_then(|annotations| annotations.get(LOAD_BALANCER)) else {
-        return default;
-    };
-    match name.as_str() {
+    let Some(name) = value(metadata, LOAD_BALANCER) else { return default };
+    match name {
         "least-connections" => Balancing::LeastConnections,
         "round-robin" => Balancing::RoundRobin,
         "random" => Balancing::Random,
@@ -25,9 +28,38 @@ pub(super) fn balancing(metadata: &ObjectMeta, default: Balancing, problems: &mu
     }
 }
 
+/// Whether the Service's new connections are tried at another endpoint when theirs does not take them.
+pub(super) fn retry(metadata: &ObjectMeta, default: bool, problems: &mut Problems<'_>) -> bool {
+    match value(metadata, RETRY) {
+        None => default,
+        Some("on") => true,
+        Some("off") => false,
+        Some(other) => {
+            problems.error(format!("metadata.annotations[{RETRY}]"), format!("{other:?} is not known: use on or off"));
+            default
+        }
+    }
+}
+
+/// How long an endpoint that leaves the Service without having been terminating keeps its flows.
+pub(super) fn drain_timeout(metadata: &ObjectMeta, default: DrainTimeout, problems: &mut Problems<'_>) -> DrainTimeout {
+    let Some(text) = value(metadata, DRAIN_TIMEOUT) else { return default };
+    parse_drain_timeout(text).unwrap_or_else(|reason| {
+        problems.error(format!("metadata.annotations[{DRAIN_TIMEOUT}]"), reason);
+        default
+    })
+}
+
+fn value<'m>(metadata: &'m ObjectMeta, name: &str) -> Option<&'m str> {
+    metadata.annotations.as_ref()?.get(name).map(String::as_str)
+}
+
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use serde_json::json;
+    use sluice_dataplane::table::DrainTimeout;
     use sluice_dataplane::table::Balancing::{LeastConnections, Random, RoundRobin};
 
     use crate::resolve::Rules;
@@ -51,6 +83,26 @@ mod tests {
             let found = resolved_by(&web, &[], &rules);
             assert_eq!(fields(&found).len(), problems, "{value:?}");
             assert_eq!(found.spec.unwrap().ports[0].balancing, balancing, "{value:?}");
+        }
+    }
+
+    #[test]
+    fn a_service_says_how_its_connections_end_and_are_retried() {
+        for (name, value, retry, drain, problems) in [
+            ("sluice.dev/retry", "off", false, 600, 0),
+            ("sluice.dev/retry", "on", true, 600, 0),
+            ("sluice.dev/retry", "false", true, 600, 1),
+            ("sluice.dev/drain-timeout", "90s", true, 90, 0),
+            ("sluice.dev/drain-timeout", "1h 30m", true, 5400, 0),
+            ("sluice.dev/drain-timeout", "soon", true, 600, 1),
+        ] {
+            let mut web = service(json!({}));
+            web["metadata"]["annotations"] = json!({name: value});
+            let found = resolved_by(&web, &[], &rules());
+            assert_eq!(fields(&found).len(), problems, "{name}: {value}");
+            let port = &found.spec.unwrap().ports[0];
+            assert_eq!(port.retry, retry, "{name}: {value}");
+            assert_eq!(port.drain_timeout, DrainTimeout::After(Duration::from_secs(drain)), "{name}: {value}");
         }
     }
 }

@@ -9,6 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 use ahash::{AHashMap, AHashSet};
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
 use sluice_dataplane::net::{Family, Protocol};
+use sluice_dataplane::table::{Condition, EndpointSpec, Uid};
 
 use super::Rules;
 use super::frontends::{ServicePort, protocol};
@@ -45,6 +46,26 @@ pub(super) struct Merged<'c, 's> {
     pub(super) address: SocketAddr,
     pub(super) of: &'c Candidate<'s>,
     slice: &'s EndpointSlice,
+}
+
+impl Merged<'_, '_> {
+    /// What the packet path is told of the endpoint. Who it is, is its Pod's uid: the same address may be another Pod's by
+    /// tomorrow. One that is terminating is so even where it counts as ready (`publishNotReadyAddresses`): when it leaves
+    /// its slices, it is gone.
+    pub(super) fn spec(&self) -> EndpointSpec {
+        let Candidate { ready, serving, terminating, endpoint, .. } = *self.of;
+        let uid = endpoint.target_ref.as_ref().and_then(|target| target.uid.as_deref());
+        EndpointSpec {
+            address: self.address,
+            uid: uid.map(Uid::of).unwrap_or_default(),
+            condition: match (ready, terminating) {
+                (_, true) => Condition::Terminating { serving },
+                (true, false) => Condition::Ready,
+                (false, false) => Condition::NotReady { serving },
+            },
+            drain: None,
+        }
+    }
 }
 
 /// What the Service answers on itself: an endpoint there would lead back to it.

@@ -20,7 +20,7 @@ use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use sluice_dataplane::net::Family;
-use sluice_dataplane::table::{Balancing, PortSpec, ServiceSpec};
+use sluice_dataplane::table::{Balancing, DrainTimeout, PortSpec, ServiceSpec};
 
 use crate::config::PortRange;
 use crate::health_check::HealthCheck;
@@ -36,6 +36,10 @@ pub struct Rules {
     pub service_proxy_name: String,
     /// Endpoint selection where a Service does not choose.
     pub balancing: Balancing,
+    /// Whether a new connection that its endpoint does not take is tried at another, where a Service does not say.
+    pub retry: bool,
+    /// How long an endpoint that leaves without having been terminating keeps its flows, where a Service does not say.
+    pub drain_timeout: DrainTimeout,
     /// All Service ranges in force. No endpoint may be inside: it would be a Service that stands for a Service.
     pub service_cidrs: Vec<IpNet>,
     /// Node ports outside are not caught by the packet path.
@@ -83,6 +87,8 @@ pub fn resolve<'s>(
     let policies = traffic_policy::Policies::new(spec, &mut problems);
     let affinity = affinity::timeout(spec, &mut problems);
     let balancing = annotations::balancing(&service.metadata, rules.balancing, &mut problems);
+    let retry = annotations::retry(&service.metadata, rules.retry, &mut problems);
+    let drain_timeout = annotations::drain_timeout(&service.metadata, rules.drain_timeout, &mut problems);
     let slices = endpoints::in_force(slices);
     endpoints::report_types(&slices, &mut problems);
     let mut ports = Vec::with_capacity(service_ports.len() * cluster_ips.len());
@@ -123,7 +129,9 @@ pub fn resolve<'s>(
                 cluster: lists.cluster,
                 local: lists.local,
                 has_any_endpoint: lists.has_any,
-                serving: endpoints.iter().filter(|endpoint| endpoint.of.serving).map(|it| it.address).collect(),
+                endpoints: endpoints.iter().map(endpoints::Merged::spec).collect(),
+                retry,
+                drain_timeout,
             });
         }
     }

@@ -23,6 +23,8 @@ pub(super) fn node() -> NodeFacts {
 
 pub(super) fn rules() -> Rules {
     Rules {
+        retry: true,
+        drain_timeout: sluice_dataplane::table::DrainTimeout::default(),
         service_proxy_name: String::new(),
         balancing: Balancing::LeastConnections,
         service_cidrs: vec!["10.96.0.0/16".parse().unwrap()],

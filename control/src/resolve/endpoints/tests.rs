@@ -2,6 +2,8 @@
 
 use serde_json::{Value, json};
 
+use sluice_dataplane::table::Condition;
+
 use crate::resolve::Rules;
 use crate::resolve::testing::{endpoint, fields, port, resolved, resolved_by, rules, service, slice, slice_of, text};
 
@@ -148,11 +150,20 @@ fn of_duplicates_the_one_that_lives_counts_then_the_older() {
 }
 
 #[test]
-fn serving_endpoints_are_known_whatever_list_they_are_in() {
+fn every_endpoint_is_known_whatever_list_it_is_in() {
     let slices =
         [slice_of(&["10.0.0.1", "10.0.0.2 unready", "10.0.0.3 unready unserving", "10.0.0.4 terminating unready"])];
-    let serving = port(&service(json!({})), &slices).serving;
-    assert_eq!(text(&serving), ["10.0.0.1:8080", "10.0.0.2:8080", "10.0.0.4:8080"]);
+    let endpoints = port(&service(json!({})), &slices).endpoints;
+    let addresses: Vec<_> = endpoints.iter().map(|endpoint| endpoint.address).collect();
+    assert_eq!(text(&addresses), ["10.0.0.1:8080", "10.0.0.2:8080", "10.0.0.3:8080", "10.0.0.4:8080"]);
+    let conditions: Vec<_> = endpoints.iter().map(|endpoint| endpoint.condition).collect();
+    let want = [
+        Condition::Ready,
+        Condition::NotReady { serving: true },
+        Condition::NotReady { serving: false },
+        Condition::Terminating { serving: true },
+    ];
+    assert_eq!(conditions, want);
 }
 
 #[test]
