@@ -21,6 +21,8 @@ pub enum Drop {
     NoPort,
     /// The node has no address of the family to masquerade with.
     NoMasqueradeAddress,
+    /// The endpoints that were tried are frontends of ours.
+    Loop,
     /// It belongs to a flow whose endpoint is gone, and asks for no answer.
     EndpointGone,
     /// No routing table is there yet: the client is to try again.
@@ -29,7 +31,7 @@ pub enum Drop {
     Write,
 }
 
-const COUNT: usize = 14;
+const COUNT: usize = 15;
 
 impl Drop {
     /// Every reason.
@@ -45,6 +47,7 @@ impl Drop {
         Self::TableFull,
         Self::NoPort,
         Self::NoMasqueradeAddress,
+        Self::Loop,
         Self::EndpointGone,
         Self::NoTable,
         Self::Write,
@@ -60,6 +63,7 @@ impl Drop {
             Self::TableFull => "flow_table_full",
             Self::NoPort => "no_masquerade_port",
             Self::NoMasqueradeAddress => "no_masquerade_address",
+            Self::Loop => "loop",
             Self::EndpointGone => "endpoint_gone",
             Self::NoTable => "no_table",
             Self::Write => "write",
@@ -75,9 +79,10 @@ impl Drop {
             Self::TableFull => 8,
             Self::NoPort => 9,
             Self::NoMasqueradeAddress => 10,
-            Self::EndpointGone => 11,
-            Self::NoTable => 12,
-            Self::Write => 13,
+            Self::Loop => 11,
+            Self::EndpointGone => 12,
+            Self::NoTable => 13,
+            Self::Write => 14,
         }
     }
 }

@@ -110,7 +110,7 @@ impl Worker {
             frontend: frontend.kind,
             state: State::Opening,
         };
-        let next = open_at(shared, new, endpoints, chosen, masquerade, now_ms)?;
+        let next = open_at(shared, table, new, endpoints, chosen, masquerade, now_ms)?;
         open.try_at(next.fields().endpoint_slot);
         if let Some(timeout) = port.affinity {
             let (endpoint, slots) = (next.fields().endpoint_slot, &shared.slots);

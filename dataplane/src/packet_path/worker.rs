@@ -210,7 +210,7 @@ impl Worker {
                     frontend: frontend.kind,
                     state: if tcp.is_some() { State::Opening } else { State::Unreplied },
                 };
-                let hit = open_at(shared, new, endpoints, chosen, masquerade, now_ms)?;
+                let hit = open_at(shared, table, new, endpoints, chosen, masquerade, now_ms)?;
                 if let Some((timeout, client)) = sticky {
                     let (endpoint, slots) = (hit.fields().endpoint_slot, &shared.slots);
                     shared.affinity.remember(slot, client, endpoint, slots, timeout, now_ms);
@@ -279,6 +279,7 @@ enum Opened {
 /// Opens the flow at the chosen endpoint or, where its packets could not be told from another flow's, at a neighbour.
 pub(super) fn open_at(
     shared: &Shared,
+    table: &RoutingTable,
     mut new: NewFlowRecord,
     endpoints: &[Endpoint],
     chosen: usize,
@@ -287,9 +288,12 @@ pub(super) fn open_at(
 ) -> Result<Hit, Drop> {
     let flows = &shared.flows;
     let address = |client: Address| flows.masquerade_of(client.family()).ok_or(Drop::NoMasqueradeAddress);
-    let tries = endpoints.len().min(4);
-    for attempt in 0..=tries {
-        let endpoint = &endpoints[(chosen + attempt) % endpoints.len()];
+    let protocol = new.request.protocol;
+    let around = endpoints[chosen..].iter().chain(&endpoints[..chosen]);
+    let usable = around.filter(|endpoint| !table.leads_back(endpoint.address, protocol));
+    let (tries, mut failure) = (endpoints.len().min(4), Drop::Loop);
+    for (attempt, endpoint) in usable.cycle().take(tries + 1).enumerate() {
+        failure = Drop::NoPort;
         (new.endpoint, new.endpoint_slot) = (endpoint.address, endpoint.slot);
         let client: Address = new.request.source;
         // An endpoint that reaches itself must see another source, and so must one that has this client's port in use.
@@ -302,7 +306,7 @@ pub(super) fn open_at(
             Err(Full::Ports | Full::Collision) => {}
         }
     }
-    Err(Drop::NoPort)
+    Err(failure)
 }
 
 /// Refuses a packet: RST for TCP, ICMP port unreachable for the rest; nothing for a RST.

@@ -228,6 +228,11 @@ impl RoutingTable {
         self.cluster_ips.contains_key(&address)
     }
 
+    /// Whether an endpoint is a frontend of ours, or nothing but a ClusterIP: its flows would come back, so it gets none.
+    pub fn leads_back(&self, endpoint: SocketAddr, protocol: Protocol) -> bool {
+        self.is_cluster_ip(endpoint.ip()) || self.frontend(endpoint.ip(), endpoint, protocol).is_some()
+    }
+
     /// Every frontend, in no order.
     pub fn frontends(&self) -> impl Iterator<Item = &Arc<Frontend>> {
         self.frontends.values()
