@@ -1,143 +1,70 @@
 //! The daemon's life: locks, first sync, host set-up, updates, and a clean end.
 
+use std::io::ErrorKind;
 use std::net::IpAddr;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use jiff::Timestamp;
 use sd_notify::NotifyState;
+use sluice_dataplane::flow::{FlowFile, Found};
 use sluice_dataplane::net::Family;
 use sluice_dataplane::packet_path::{PacketPath, Settings, Shared, Tun};
 use sluice_dataplane::table::RoutingTable;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
-use crate::admin;
 use crate::config::Config;
+use crate::drains::Drains;
 use crate::health_check::HealthServers;
-use crate::host::lock::Lock;
+use crate::host::lock::{self, Standing};
 use crate::host::{Host, LINK, Lacking, Plan, nft, sysctl};
 use crate::loopback::LoopbackListeners;
 use crate::node::NodeFacts;
-use crate::problem::Problem;
 use crate::publish::Publisher;
 use crate::source::Update;
 use crate::source::folder::{Folder, watch};
+use crate::state::State;
+use crate::{admin, lives};
 
 /// How often the host is looked at for what others changed.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+/// How often the packet path is asked whether it runs and what endpoints lived through.
+const PATH_INTERVAL: Duration = Duration::from_millis(100);
+/// How long another daemon may take to hand over.
+const HAND_OVER_PATIENCE: Duration = Duration::from_secs(5);
 /// How long changes must pause before the log tells what is wrong with objects.
 const REPORT_PAUSE: Duration = Duration::from_millis(100);
 /// Updates that may wait.
 const QUEUE: usize = 64;
 
-/// What the admin API shows.
-pub struct State {
-    /// The packet path.
-    pub shared: Arc<Shared>,
-    /// Configuration in force.
-    pub config: Config,
-    /// Since when an update waits to be applied, and when the last one was.
-    pub progress: Mutex<Progress>,
-    publisher: Mutex<Publisher>,
-    /// What is wrong with health check ports.
-    pub health_problems: Mutex<Vec<Problem>>,
-    /// Problems that the log has told of.
-    said: Mutex<Vec<Problem>>,
-}
-
-/// How far the daemon is with its updates.
-#[derive(Clone, Copy, Debug)]
-pub struct Progress {
-    /// When the oldest update that is not applied yet came.
-    pub pending_since: Option<Instant>,
-    /// When the last update was applied.
-    pub last_applied: Timestamp,
-}
-
-impl State {
-    /// Objects and tables.
-    pub fn publisher(&self) -> MutexGuard<'_, Publisher> {
-        // An update that panicked half-way leaves the last table in force; the next one resolves anew.
-        self.publisher.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// How far the daemon is.
-    pub fn progress(&self) -> MutexGuard<'_, Progress> {
-        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Takes in an update and swaps the table it makes in.
-    fn apply(&self, update: Update) -> Option<Arc<RoutingTable>> {
-        let begun = Instant::now();
-        let mut publisher = self.publisher();
-        let table = publisher.update(update);
-        let table = self.publish(table, begun);
-        if let Some(Err(error)) = publisher.local_controllers().map(|local| local.save(&self.config.state_dir)) {
-            tracing::warn!(%error, "allocated addresses and node ports cannot be saved");
-        }
-        table
-    }
-
-    /// Logs what is newly wrong with objects.
-    fn report(&self) {
-        let problems = admin::views::problems(self).items;
-        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
-        // Both are sorted.
-        for problem in problems.iter().filter(|problem| said.binary_search(problem).is_err()) {
-            tracing::warn!("{problem}");
-        }
-        *said = problems;
-    }
-
-    fn publish(&self, table: Option<Arc<RoutingTable>>, begun: Instant) -> Option<Arc<RoutingTable>> {
-        if let Some(table) = &table {
-            self.shared.publish(Arc::clone(table));
-            admin::metrics::table_applied(begun.elapsed());
-            tracing::debug!(generation = table.generation(), frontends = table.len(), "table in force");
-        }
-        let mut progress = self.progress();
-        (progress.pending_since, progress.last_applied) = (None, Timestamp::now());
-        table
-    }
-}
-
 /// Runs until SIGTERM or SIGINT.
 pub async fn run(config: Config, manifests: &Path) -> Result<()> {
     admin::metrics::install()?;
     let host = Host::new()?;
-    let _lock = Lock::take(&config.state_dir)?;
+    let standing = lock::standing(&config.state_dir)?;
     require_environment()?;
-
     let mut folder = Folder::new(manifests, config.prune);
     if !manifests.exists() {
         bail!("{}: no such file or folder", manifests.display());
     }
     let first = folder.scan();
     let interfaces = host.addresses().await?;
-    // What a killed daemon left is put right below; its link would only be in the way.
-    host.remove_link().await?;
-
-    let (settings, tun) = open_link(&config, &first, &interfaces)?;
-    let shared = Shared::new(settings.clone());
-    let mut publisher = Publisher::new(config.clone(), interfaces.clone(), Arc::clone(&shared.slots));
-    if let Some(Err(error)) = publisher.local_controllers().map(|local| local.load(&config.state_dir)) {
-        tracing::warn!(%error, "earlier allocated addresses and node ports cannot be read: they are derived anew");
-    }
-    let progress = Progress { pending_since: None, last_applied: Timestamp::now() };
-    let state = Arc::new(State {
-        shared: Arc::clone(&shared),
-        config,
-        progress: Mutex::new(progress),
-        publisher: Mutex::new(publisher),
-        health_problems: Mutex::default(),
-        said: Mutex::default(),
-    });
-    let _ = state.apply(first);
-    state.report();
+    let settings = settings(&config, &first, &interfaces)?;
+    // Open before another daemon lets go: packets wait here meanwhile.
+    let tun = open_link(&host, settings.workers).await?;
+    let shared = open_flows(settings.clone(), &config.state_dir)?;
+    let _namespace = match standing {
+        Standing::Alone(held) => held,
+        Standing::TakingOver => lock::succeed().await?,
+    };
+    let publisher = publisher(&config, &interfaces, &shared);
+    let state = Arc::new(State::new(Arc::clone(&shared), config, publisher));
+    state.apply_first(first);
+    lives::forget(&state);
     let path = PacketPath::start(tun, Arc::clone(&shared)).context("cannot start the packet threads")?;
+    state.report();
     let mut daemon = Daemon {
         state,
         host,
@@ -151,12 +78,53 @@ pub async fn run(config: Config, manifests: &Path) -> Result<()> {
         Err(error) => Err(error),
     };
     let _ = sd_notify::notify(&[NotifyState::Stopping]);
+    if shared.is_superseded() {
+        tracing::info!("another daemon took over");
+        return Ok(());
+    }
+    if daemon.state.config.leave_on_stop && served.is_ok() {
+        tracing::info!("stopped; the next start goes on with every flow");
+        return Ok(());
+    }
     let removed = daemon.host.clean_up().await;
     path.stop();
     served?;
     removed?;
     tracing::info!("stopped; nothing of ours is left on the host");
     Ok(())
+}
+
+/// The publisher, with what an earlier process left for it.
+fn publisher(config: &Config, interfaces: &[IpAddr], shared: &Shared) -> Publisher {
+    let mut publisher = Publisher::new(config.clone(), interfaces.to_vec(), Arc::clone(&shared.slots));
+    if let Some(Err(error)) = publisher.local_controllers().map(|local| local.load(&config.state_dir)) {
+        tracing::warn!(%error, "earlier allocated addresses and node ports cannot be read: they are derived anew");
+    }
+    let drains = lock::boot_id().and_then(|boot| Ok(Drains::load(&config.state_dir, boot)?));
+    match drains {
+        Ok(drains) => publisher.set_drains(drains),
+        Err(error) => tracing::warn!(%error, "earlier drains by hand cannot be read: they are forgotten"),
+    }
+    publisher
+}
+
+/// The flow file, with the flows of an earlier process of this network namespace.
+fn open_flows(settings: Settings, state_dir: &Path) -> Result<Arc<Shared>> {
+    let owner = lock::namespace_identity()?.into_bytes();
+    let file = FlowFile { path: lock::flow_file(state_dir), owner, patience: HAND_OVER_PATIENCE };
+    let shared = Shared::open(settings, &file)
+        .map_err(|error| anyhow::Error::new(Lacking(format!("{error}: choose another directory with --state-dir"))))?;
+    let recovery = shared.recovery();
+    if let Found::Unusable { reason, kept } = &recovery.found {
+        tracing::warn!(reason, kept = %kept.display(), "the flow file cannot be used and was set aside");
+    }
+    tracing::info!(
+        flows = recovery.flows,
+        dropped = recovery.dropped,
+        took_over = recovery.took_over,
+        "flows recovered"
+    );
+    Ok(shared)
 }
 
 /// Says what this host lacks before anything of it is changed.
@@ -168,30 +136,40 @@ fn require_environment() -> Result<()> {
     sysctl::require_forwarding(Family::V4)
 }
 
-/// The settings of the packet path, and its link.
-fn open_link(config: &Config, first: &Update, interfaces: &[IpAddr]) -> Result<(Settings, Tun)> {
-    let masquerade = masquerade_addresses(config, first, interfaces)?;
+/// The settings of the packet path.
+fn settings(config: &Config, first: &Update, interfaces: &[IpAddr]) -> Result<Settings> {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    let settings = Settings {
+    Ok(Settings {
         workers: config.workers.unwrap_or_else(|| cpus.min(8)),
         flow_capacity: config.flow_table_size,
-        masquerade_addresses: masquerade,
+        masquerade_addresses: masquerade_addresses(config, first, interfaces)?,
         masquerade_ports: config.masquerade_ports.range(),
         slow_start: config.slow_start,
         eject_after: config.eject_after,
         seed: ahash::RandomState::new().hash_one(std::process::id()),
+    })
+}
+
+/// The link, which outlives us: the one that is there already, unless it is of another kind.
+async fn open_link(host: &Host, queues: usize) -> Result<Tun> {
+    let tun = match Tun::open(LINK, queues) {
+        Err(error) if error.kind() == ErrorKind::InvalidInput => {
+            host.remove_link().await?;
+            Tun::open(LINK, queues)
+        }
+        result => result,
     };
-    let tun = Tun::open(LINK, settings.workers).map_err(|error| match error.kind() {
-        std::io::ErrorKind::PermissionDenied => {
+    let persistent = tun.and_then(|tun| tun.persist().map(|()| tun));
+    persistent.map_err(|error| match error.kind() {
+        ErrorKind::PermissionDenied => {
             anyhow::Error::new(Lacking(format!("cannot make the link {LINK}: needs CAP_NET_ADMIN: {error}")))
         }
-        std::io::ErrorKind::NotFound => anyhow::Error::new(Lacking(format!("no TUN device: {error}"))),
-        std::io::ErrorKind::ResourceBusy => {
+        ErrorKind::NotFound => anyhow::Error::new(Lacking(format!("no TUN device: {error}"))),
+        ErrorKind::ResourceBusy => {
             anyhow::Error::new(Lacking(format!("the link {LINK} belongs to another program: {error}")))
         }
         _ => anyhow::Error::new(error).context(format!("cannot make the link {LINK}")),
-    })?;
-    Ok((settings, tun))
+    })
 }
 
 /// The address in each family that stands in for clients: the Node's, where this host has it, else the host's first.
@@ -246,6 +224,7 @@ impl Daemon {
         tracing::info!(frontends = table.len(), admin = %self.state.config.admin, "serving");
         let mut look = tokio::time::interval(LOOK_INTERVAL);
         let mut unreported = false;
+        let mut watch_path = tokio::time::interval(PATH_INTERVAL);
         loop {
             tokio::select! {
                 _ = terminate.recv() => return Ok(()),
@@ -263,12 +242,16 @@ impl Daemon {
                     tokio::task::spawn_blocking(move || state.report()).await?;
                     unreported = false;
                 }
-                _ = look.tick() => {
+                _ = watch_path.tick() => {
+                    if self.state.shared.is_superseded() {
+                        return Ok(());
+                    }
                     if !path.is_running() {
                         bail!("the link {LINK} was taken away");
                     }
-                    self.look().await?;
+                    lives::tell(&self.state);
                 }
+                _ = look.tick() => self.look().await?,
             }
         }
     }

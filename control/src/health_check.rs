@@ -15,8 +15,8 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
 use crate::admin::health::is_healthy;
-use crate::daemon::State;
 use crate::problem::Problem;
+use crate::state::State;
 
 /// What load balancers ask about one Service.
 #[derive(Clone, Debug, PartialEq, Eq)]

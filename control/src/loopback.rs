@@ -12,7 +12,7 @@ use sluice_dataplane::table::{FrontendKey, RoutingTable};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{JoinHandle, JoinSet};
 
-use crate::daemon::State;
+use crate::state::State;
 
 const LOOPBACK: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
 

@@ -4,10 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use sluice_dataplane::table::{NodeSpec, RoutingTable, ServiceName, Slots, TableBuilder};
+use sluice_dataplane::table::{Deadline, NodeSpec, RoutingTable, ServiceName, ServiceSpec, Slots, TableBuilder};
 
 use crate::address;
 use crate::config::Config;
+use crate::drains::{Drains, Target};
 use crate::health_check::HealthCheck;
 use crate::local::LocalControllers;
 use crate::node::NodeFacts;
@@ -30,6 +31,7 @@ pub struct Publisher {
     skipped: BTreeMap<String, u64>,
     service_problems: BTreeMap<ServiceName, Vec<Problem>>,
     health_checks: BTreeMap<ServiceName, HealthCheck>,
+    drains: Drains,
 }
 
 impl Publisher {
@@ -56,6 +58,7 @@ impl Publisher {
             skipped: BTreeMap::new(),
             service_problems: BTreeMap::new(),
             health_checks: BTreeMap::new(),
+            drains: Drains::default(),
             config,
         };
         publisher.learn_node();
@@ -72,6 +75,35 @@ impl Publisher {
         };
         let touched = self.store.apply(changes);
         self.resolve(touched).then(|| self.builder.build())
+    }
+
+    /// Takes in the first update: all there is. The first table, whatever it holds.
+    pub fn first(&mut self, update: Update) -> Arc<RoutingTable> {
+        self.update(update);
+        self.builder.synced();
+        self.builder.build()
+    }
+
+    /// Drains by hand that an earlier process left. Call it before the first update.
+    pub fn set_drains(&mut self, drains: Drains) {
+        self.drains = drains;
+    }
+
+    /// Drains endpoints by hand, or no longer. Returns whether the target was drained before, and the next table when there
+    /// is one.
+    pub fn set_drain(
+        &mut self,
+        target: Target,
+        until: Option<Deadline>,
+    ) -> std::io::Result<(bool, Option<Arc<RoutingTable>>)> {
+        let known = self.drains.contains(&target);
+        self.drains.set(target, until)?;
+        let covers = |spec: &&ServiceSpec| {
+            spec.ports.iter().flat_map(|port| &port.endpoints).any(|endpoint| target.covers(endpoint.address))
+        };
+        let services = self.builder.services().filter(covers).map(|spec| spec.name.clone()).collect();
+        let touched = Touched { services, ..Touched::default() };
+        Ok((known, self.resolve(touched).then(|| self.builder.build())))
     }
 
     /// Takes in that the host's addresses are these now. The next table, when it changes anything.
@@ -225,7 +257,10 @@ impl Publisher {
             None => self.health_checks.remove(name),
         };
         match resolved.spec {
-            Some(spec) => self.builder.set(spec),
+            Some(mut spec) => {
+                self.drains.apply(&mut spec);
+                self.builder.set(spec)
+            }
             None => self.builder.remove(name),
         }
     }

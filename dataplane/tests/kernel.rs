@@ -104,7 +104,8 @@ fn new_connections_find_the_endpoint_that_takes_them() {
     let Some(mut lab) = Lab::new() else { return };
     let listener = TcpListener::bind(at(PODS[0], 0)).unwrap();
     let good = EndpointSpec::ready(listener.local_addr().unwrap());
-    let cases = [("10.244.1.1:9", 0, 100), ("10.244.8.8:80", 1, 100), ("10.244.9.9:80", 2, 2_000)];
+    // A client waits a second before it sends its SYN again.
+    let cases = [("10.244.1.1:9", 0, 900), ("10.244.8.8:80", 1, 900), ("10.244.9.9:80", 2, 2_900)];
     for (bad, failure, most_ms) in cases {
         lab.serve(VIPS[0], &[EndpointSpec::ready(bad.parse().unwrap()), good]);
         let slot = lab.builder.port_slot(&ServiceName::new("ns", VIPS[0]), "", Protocol::Tcp).unwrap();

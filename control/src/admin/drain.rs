@@ -11,8 +11,8 @@ use sluice_dataplane::packet_path::now_ms;
 use sluice_dataplane::table::{Deadline, DrainTimeout};
 
 use super::views;
-use crate::daemon::State;
 use crate::drains::Target;
+use crate::state::State;
 
 /// Body of both requests.
 #[derive(Debug, Serialize, Deserialize)]

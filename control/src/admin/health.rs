@@ -11,7 +11,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 use sluice_dataplane::net::Family;
 
-use crate::daemon::State;
+use crate::state::State;
 
 /// An update that waits this long means that we are stuck: kube-proxy's twice `syncPeriod`.
 const STALE: Duration = Duration::from_secs(60);

@@ -1,6 +1,7 @@
 //! Metrics: every name, label and meaning. Counters of Services and endpoints are read from their slots when somebody
 //! asks, so they cost the packet path nothing more.
 
+use std::collections::BTreeMap;
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -8,13 +9,15 @@ use anyhow::{Context as _, Result};
 use metrics::{Label, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use sluice_dataplane::net::Direction;
-use sluice_dataplane::table::FrontendKind;
+use sluice_dataplane::table::{Failure, FrontendKind, PortName};
 
 use super::views;
-use crate::daemon::State;
 use crate::problem::Severity;
+use crate::state::State;
 
 const APPLY_SECONDS: &str = "sluice_table_apply_duration_seconds";
+const DRAIN_SECONDS: &str = "sluice_drain_duration_seconds";
+const EJECTIONS: &str = "sluice_ejections_total";
 const REPAIRS: &str = "sluice_host_repairs_total";
 
 /// Events counted since start, in the process-wide recorder.
@@ -25,11 +28,17 @@ pub fn install() -> Result<()> {
     let buckets: Vec<f64> = (0..15).map(|power| 0.0001 * f64::from(1 << power)).collect();
     let recorder = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Full(APPLY_SECONDS.to_owned()), &buckets)
+        .and_then(|builder| {
+            let seconds = [0.1, 0.5, 1.0, 5.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0];
+            builder.set_buckets_for_metric(Matcher::Full(DRAIN_SECONDS.to_owned()), &seconds)
+        })
         .context("buckets of a histogram")?
         .build_recorder();
     EVENTS.get_or_init(|| recorder.handle());
     metrics::set_global_recorder(recorder).map_err(|error| anyhow::anyhow!("metrics: {error}"))?;
     describe_histogram!(APPLY_SECONDS, "Time from an update to its routing table being in force");
+    describe_histogram!(DRAIN_SECONDS, "Time from the beginning of a drain to the end of the endpoint's last flow");
+    describe_counter!(EJECTIONS, "Endpoints that got no new flows for a while because too many failed");
     describe_counter!(REPAIRS, "Host state of ours that somebody else changed and that was put right");
     Ok(())
 }
@@ -37,6 +46,20 @@ pub fn install() -> Result<()> {
 /// A table is in force.
 pub fn table_applied(took: Duration) {
     histogram!(APPLY_SECONDS).record(took);
+}
+
+/// An endpoint was ejected.
+pub fn ejected(port: &PortName) {
+    counter!(EJECTIONS, port_labels(port, &[])).increment(1);
+}
+
+/// The last flow of an endpoint that drained has ended.
+pub fn drained(port: &PortName, after: Duration) {
+    histogram!(DRAIN_SECONDS, port_labels(port, &[])).record(after);
+}
+
+fn port_labels(name: &PortName, more: &[(&'static str, String)]) -> Vec<Label> {
+    labels(&name.service.namespace, &name.service.name, &name.port, name.protocol.name(), more)
 }
 
 /// Host state was put right.
@@ -64,6 +87,14 @@ fn describe() {
     describe_gauge!("sluice_flows_active", "Flows open now, by Service port");
     describe_counter!("sluice_flows_rejected_total", "Flows refused because no endpoint could serve, by Service port");
     describe_counter!("sluice_flows_dropped_total", "Flows dropped by a rule, by Service port");
+    describe_counter!(
+        "sluice_connect_failures_total",
+        "Opens that an endpoint did not take, by Service port and reason"
+    );
+    describe_counter!("sluice_connect_retries_total", "Opens moved to another endpoint, by Service port");
+    describe_gauge!("sluice_endpoint_states", "Endpoints, by Service port and state");
+    describe_gauge!("sluice_flows_draining", "Flows of endpoints that drain, by Service port");
+    describe_counter!("sluice_flows_ended_total", "Flows ended because their endpoint was gone, by reason");
     describe_counter!("sluice_bytes_total", "Bytes of IP packets, by Service port; in is from clients");
     describe_counter!("sluice_packets_total", "Packets, by Service port; an offloaded segment train counts once");
     describe_counter!("sluice_endpoint_flows_opened_total", "Flows opened, by endpoint of a Service port");
@@ -118,6 +149,11 @@ fn record_services(state: &State) {
             counter!("sluice_flows_rejected_total", labels(&[("reason", "no_endpoints".to_owned())]))
                 .absolute(totals.rejected);
             counter!("sluice_flows_dropped_total", labels(&[])).absolute(totals.dropped);
+            counter!("sluice_connect_retries_total", labels(&[])).absolute(totals.retried);
+            for failure in Failure::ALL {
+                let reason = [("reason", failure.label().to_owned())];
+                counter!("sluice_connect_failures_total", labels(&reason)).absolute(totals.failed[failure as usize]);
+            }
             for direction in [Direction::Request, Direction::Reply] {
                 let at = direction.index();
                 let way = [("direction", way(direction))];
@@ -147,7 +183,7 @@ fn way(direction: Direction) -> String {
 }
 
 fn record_endpoints(state: &State) {
-    let mut active_of_port = std::collections::BTreeMap::<_, u64>::new();
+    let mut of_port = BTreeMap::<_, OfPort>::new();
     for view in views::endpoints(state).items {
         let labels = |more: &[(&'static str, String)]| {
             let endpoint = [("endpoint", view.address.to_string())];
@@ -165,12 +201,30 @@ fn record_endpoints(state: &State) {
                 counter!("sluice_endpoint_packets_total", labels(&way)).absolute(packets);
             }
         }
-        *active_of_port.entry((view.namespace, view.service, view.port_name, view.protocol)).or_default() +=
-            view.active;
+        let of_port = of_port.entry((view.namespace, view.service, view.port_name, view.protocol)).or_default();
+        of_port.active += view.active;
+        let state = if view.ejected_seconds.is_some() { "ejected".to_owned() } else { view.state };
+        if state != "ready" && state != "ejected" {
+            of_port.draining += view.active;
+        }
+        *of_port.states.entry(state).or_default() += 1;
     }
-    for ((namespace, service, port, protocol), active) in active_of_port {
-        gauge!("sluice_flows_active", labels(&namespace, &service, &port, &protocol, &[])).set(active as f64);
+    for ((namespace, service, port, protocol), of_port) in of_port {
+        let labels = |more: &[(&'static str, String)]| labels(&namespace, &service, &port, &protocol, more);
+        gauge!("sluice_flows_active", labels(&[])).set(of_port.active as f64);
+        gauge!("sluice_flows_draining", labels(&[])).set(of_port.draining as f64);
+        for (state, count) in of_port.states {
+            gauge!("sluice_endpoint_states", labels(&[("state", state)])).set(f64::from(count));
+        }
     }
+}
+
+/// Sums over the endpoints of a Service port.
+#[derive(Default)]
+struct OfPort {
+    active: u64,
+    draining: u64,
+    states: BTreeMap<String, u32>,
 }
 
 fn record_packet_path(state: &State) {
@@ -180,6 +234,12 @@ fn record_packet_path(state: &State) {
     gauge!("sluice_flow_table_entries").set(shared.flow_count() as f64);
     gauge!("sluice_flow_table_capacity").set(shared.flow_capacity() as f64);
     counter!("sluice_flow_table_evictions_total").absolute(shared.evictions());
+    let ended = shared.ended();
+    for (reason, flows) in
+        [("endpoint_gone", ended.terminated), ("drain_deadline", ended.deadline), ("forgotten", ended.forgotten)]
+    {
+        counter!("sluice_flows_ended_total", "reason" => reason).absolute(flows);
+    }
     for (reason, packets) in shared.drops() {
         counter!("sluice_drops_total", "reason" => reason).absolute(packets);
     }

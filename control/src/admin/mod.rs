@@ -6,6 +6,7 @@
 //! | `/healthz`, `/livez` | 200 or 503, JSON as kube-proxy's |
 //! | `/api/v1/services`, `endpoints`, `frontends`, `flows` | lists behind `sluice get` |
 //! | `/api/v1/trace?from=IP&to=IP:PORT&proto=tcp` | what happens to a new flow, behind `sluice trace --admin` |
+//! | `POST /api/v1/drain`, `undrain` | drains by hand, behind `sluice drain` |
 //! | `/api/v1/problems` | everything that is wrong with objects now |
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -16,18 +17,19 @@ use axum::extract::{Query, State as Extract};
 use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use sluice_dataplane::net::Family;
 use socket2::{Domain, Socket, Type};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
-use crate::daemon::State;
 use crate::host::Lacking;
 use crate::host::sysctl::has_family;
+use crate::state::State;
 use crate::trace::Question;
 
+pub mod drain;
 pub mod health;
 pub mod metrics;
 pub mod views;
@@ -48,6 +50,8 @@ pub fn serve(state: &Arc<State>) -> Result<JoinSet<std::io::Result<()>>> {
         .route("/api/v1/frontends", get(|Extract(state): Extract<Arc<State>>| list(state, views::frontends)))
         .route("/api/v1/flows", get(|Extract(state): Extract<Arc<State>>| list(state, views::flows)))
         .route("/api/v1/trace", get(trace))
+        .route("/api/v1/drain", post(drain::drain))
+        .route("/api/v1/undrain", post(drain::undrain))
         .route("/api/v1/problems", get(|Extract(state): Extract<Arc<State>>| list(state, views::problems)))
         .with_state(Arc::clone(state))
         .merge(health.clone());

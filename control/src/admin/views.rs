@@ -8,8 +8,8 @@ use sluice_dataplane::net::Direction;
 use sluice_dataplane::packet_path::now_ms;
 use sluice_dataplane::table::{Deadline, EndpointName, FrontendKey, PortSlot, PortSpec, ServiceSpec};
 
-use crate::daemon::State;
 use crate::problem::Problem;
+use crate::state::State;
 
 /// A versioned list.
 #[derive(Debug, Serialize, Deserialize)]
@@ -259,7 +259,8 @@ pub fn endpoints(state: &State) -> List<EndpointView> {
             .copied()
             .filter(|_| is_here)
             .unwrap_or_default();
-        let seconds_until = |until: u64| until.checked_sub(now_ms).filter(|left| *left > 0).map(|left| left.div_ceil(1000));
+        let seconds_until =
+            |until: u64| until.checked_sub(now_ms).filter(|left| *left > 0).map(|left| left.div_ceil(1000));
         let deadline_seconds = match life.deadline() {
             Some(Deadline::At(at)) => seconds_until(at).or(Some(0)),
             Some(Deadline::In(more)) => Some(more.div_ceil(1000)),

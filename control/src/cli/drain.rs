@@ -62,7 +62,10 @@ pub fn drain(args: Args) -> Result<ExitCode> {
         print(&format!("{}: no such endpoint now; it will be drained when there is one\n", args.target))?;
         return Ok(ExitCode::from(WRONG));
     }
-    print(&format!("{}: {} endpoints get no new flows; {} flows are left\n", args.target, drained.endpoints, drained.flows))?;
+    print(&format!(
+        "{}: {} endpoints get no new flows; {} flows are left\n",
+        args.target, drained.endpoints, drained.flows
+    ))?;
     if args.watch { watch(args.admin, args.target) } else { Ok(ExitCode::SUCCESS) }
 }
 
@@ -94,7 +97,10 @@ fn watch(admin: SocketAddr, target: Target) -> Result<ExitCode> {
         let before = last.replace(left).unwrap_or(left);
         if left == 0 {
             let was_cut = is_gone && before > 0;
-            print(&format!("{target}: {}\n", if was_cut { "the last flows were cut at the deadline" } else { "drained" }))?;
+            print(&format!(
+                "{target}: {}\n",
+                if was_cut { "the last flows were cut at the deadline" } else { "drained" }
+            ))?;
             return Ok(if was_cut { ExitCode::from(WRONG) } else { ExitCode::SUCCESS });
         }
         std::thread::sleep(WATCH_INTERVAL);

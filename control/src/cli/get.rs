@@ -8,6 +8,8 @@ use anyhow::{Context as _, Result};
 use clap::ValueEnum;
 use comfy_table::{Table, presets};
 use serde::de::DeserializeOwned;
+use ureq::Body;
+use ureq::http::Response;
 
 use super::print;
 use crate::admin::views::{EndpointView, FlowEntry, FrontendView, List, ServiceView};
@@ -87,13 +89,31 @@ pub fn run(args: Args) -> Result<ExitCode> {
 
 /// Asks the daemon. That none answers is the environment's fault.
 pub fn ask(admin: SocketAddr, path: &str) -> Result<String> {
-    let agent: ureq::Agent = ureq::Agent::config_builder().timeout_global(Some(TIMEOUT)).proxy(None).build().into();
     let url = format!("http://{admin}{path}");
-    let mut answer = agent.get(&url).call().map_err(|error| {
+    read(admin, &url, agent().get(&url).call())
+}
+
+/// Has the daemon do something.
+pub fn post(admin: SocketAddr, path: &str, body: &impl serde::Serialize) -> Result<String> {
+    let url = format!("http://{admin}{path}");
+    read(admin, &url, agent().post(&url).send_json(body))
+}
+
+fn agent() -> ureq::Agent {
+    ureq::Agent::config_builder().timeout_global(Some(TIMEOUT)).proxy(None).build().into()
+}
+
+fn read(admin: SocketAddr, url: &str, answer: Result<Response<Body>, ureq::Error>) -> Result<String> {
+    let mut answer = answer.map_err(|error| {
         Lacking(format!("no daemon answers on {admin}: {error}: is `sluice run` there? see --admin"))
     })?;
     // The limit is against a peer that never ends, not against large clusters.
-    answer.body_mut().with_config().limit(1 << 32).read_to_string().with_context(|| format!("GET {url}"))
+    answer
+        .body_mut()
+        .with_config()
+        .limit(1 << 32)
+        .read_to_string()
+        .with_context(|| format!("no whole answer from {url}"))
 }
 
 fn show<T: Row + DeserializeOwned + serde::Serialize>(path: &str, args: &Args) -> Result<String> {

@@ -12,6 +12,7 @@ use crate::host::Lacking;
 pub mod check;
 pub mod cleanup;
 pub mod demo;
+pub mod drain;
 pub mod get;
 pub mod offline;
 mod report;
@@ -48,6 +49,10 @@ enum Command {
     Get(get::Args),
     /// Say what happens to a new connection, and by which rule
     Trace(trace::Args),
+    /// Give an endpoint no new flows and let those it has end
+    Drain(drain::Args),
+    /// Give a drained endpoint new flows again
+    Undrain(drain::UndrainArgs),
     /// Remove every link, route, rule and table of ours from this host
     Cleanup(cleanup::Args),
     /// Print the version
@@ -68,6 +73,8 @@ pub fn main() -> ExitCode {
         Command::Check(args) => check::run(args),
         Command::Get(args) => get::run(args),
         Command::Trace(args) => trace::run(args),
+        Command::Drain(args) => drain::drain(args),
+        Command::Undrain(args) => drain::undrain(args),
         Command::Cleanup(args) => cleanup::run(args),
         Command::Version => print(concat!("sluice ", env!("CARGO_PKG_VERSION"), "\n")).map(|()| ExitCode::SUCCESS),
         Command::Completions { shell } => {

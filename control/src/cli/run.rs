@@ -30,9 +30,12 @@ pub struct Args {
     /// Where /healthz and /livez listen [default: 0.0.0.0:10256]
     #[arg(long, value_name = "ADDR:PORT")]
     health: Option<SocketAddr>,
-    /// Where state and lock are kept [default: /run/sluice]
+    /// Where flows, drains and allocations are kept [default: /run/sluice]
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
+    /// At a clean stop leave everything as after a crash, for a start soon after
+    #[arg(long)]
+    leave_on_stop: bool,
     /// Packet threads [default: one for each CPU, at most 8]
     #[arg(long, value_name = "N")]
     workers: Option<usize>,
@@ -60,6 +63,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     config.admin = args.admin.unwrap_or(config.admin);
     config.health = args.health.unwrap_or(config.health);
     config.state_dir = args.state_dir.unwrap_or(config.state_dir);
+    config.leave_on_stop |= args.leave_on_stop;
     config.workers = args.workers.or(config.workers);
     config.validate()?;
     let filter = EnvFilter::try_new(&args.log_level).with_context(|| format!("--log-level {:?}", args.log_level))?;

@@ -8,7 +8,9 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, getsockopt, socket};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, socket};
+
+use sluice_dataplane::packet_path::namespace_cookie;
 
 use super::Lacking;
 
@@ -16,11 +18,6 @@ use super::Lacking;
 const PAUSE: Duration = Duration::from_millis(5);
 /// How long a daemon that handed over may take to end.
 const PATIENCE: Duration = Duration::from_secs(10);
-
-nix::sockopt_impl!(
-    /// The number that the kernel gives a network namespace once and to no other until the next boot.
-    NetnsCookie, GetOnly, nix::libc::SOL_SOCKET, nix::libc::SO_NETNS_COOKIE, u64
-);
 
 /// What the state directory says of who runs.
 #[derive(Debug)]
@@ -69,7 +66,8 @@ pub async fn succeed() -> Result<OwnedFd> {
 /// Fails, with exit code 3, when a daemon runs in this network namespace. What is returned keeps one from starting.
 pub fn lock_namespace() -> Result<OwnedFd> {
     // The names of abstract sockets are the network namespace's own.
-    let namespace = any_socket()?;
+    let namespace =
+        socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).context("cannot make a socket")?;
     match bind(namespace.as_raw_fd(), &UnixAddr::new_abstract(b"sluice")?) {
         Ok(()) => Ok(namespace),
         Err(Errno::EADDRINUSE) => Err(Lacking("another sluice runs in this network namespace".to_owned()).into()),
@@ -80,7 +78,7 @@ pub fn lock_namespace() -> Result<OwnedFd> {
 /// What tells this boot's network namespace from every other: state of another is never used.
 pub fn namespace_identity() -> Result<String> {
     let boot = boot_id()?;
-    let cookie = getsockopt(&any_socket()?, NetnsCookie).context("the kernel does not tell network namespaces apart")?;
+    let cookie = namespace_cookie().context("the kernel does not tell network namespaces apart")?;
     Ok(format!("{boot} {cookie}"))
 }
 
@@ -88,10 +86,6 @@ pub fn namespace_identity() -> Result<String> {
 pub fn boot_id() -> Result<String> {
     const PATH: &str = "/proc/sys/kernel/random/boot_id";
     Ok(fs::read_to_string(PATH).with_context(|| format!("cannot read {PATH}"))?.trim().to_owned())
-}
-
-fn any_socket() -> Result<OwnedFd> {
-    socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).context("cannot make a socket")
 }
 
 fn is_held(path: &Path) -> bool {

@@ -59,8 +59,8 @@ mod tests {
     use std::time::Duration;
 
     use serde_json::json;
-    use sluice_dataplane::table::DrainTimeout;
     use sluice_dataplane::table::Balancing::{LeastConnections, Random, RoundRobin};
+    use sluice_dataplane::table::DrainTimeout;
 
     use crate::resolve::Rules;
     use crate::resolve::testing::{fields, resolved_by, rules, service};

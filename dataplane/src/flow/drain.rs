@@ -85,33 +85,24 @@ impl FlowTable {
         Reset { key, sequence, acknowledgement }
     }
 
-    fn end_one(&self, mut hit: Hit, cause: Cause, send: &mut impl FnMut(&Reset)) -> bool {
+    fn end_one(&self, hit: Hit, cause: Cause, send: &mut impl FnMut(&Reset)) -> bool {
         let counters = self.ended_counters();
         if hit.fields().request.protocol != Protocol::Tcp {
             self.close(&hit);
             counters.forgotten.fetch_add(1, Relaxed);
             return true;
         }
-        // A packet thread may move the flow meanwhile; it can do so only a few times.
-        while hit.state() != State::Reset {
-            let was_finished = hit.state().is_finished();
-            if self.move_to(&hit, State::Reset) {
-                if was_finished {
-                    return false;
-                }
-                for receiver in [Direction::Request, Direction::Reply] {
-                    send(&self.reset_for(&hit, receiver));
-                }
-                let counter = match cause {
-                    Cause::Terminated => &counters.terminated,
-                    Cause::Deadline => &counters.deadline,
-                };
-                counter.fetch_add(1, Relaxed);
-                return true;
-            }
-            let Some(now) = self.again(&hit) else { return false };
-            hit = now;
+        if self.advance(&hit, |_| State::Reset).is_none_or(State::is_finished) {
+            return false;
         }
-        false
+        for receiver in [Direction::Request, Direction::Reply] {
+            send(&self.reset_for(&hit, receiver));
+        }
+        let counter = match cause {
+            Cause::Terminated => &counters.terminated,
+            Cause::Deadline => &counters.deadline,
+        };
+        counter.fetch_add(1, Relaxed);
+        true
     }
 }

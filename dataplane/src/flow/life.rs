@@ -70,9 +70,22 @@ pub(super) fn read<W: Word, T>(meta: &W, copy: impl FnOnce() -> T) -> Option<(u6
     (before >> LIFE == after >> LIFE && after & LIVE != 0).then_some((before, fields))
 }
 
-/// Changes `meta` within a life, unless it changed meanwhile.
-pub(super) fn change<W: Word>(meta: &W, seen: u64, next: u64) -> bool {
-    next != seen && meta.replace(seen, next)
+/// Takes `meta` one step on within the life that was `seen`, from what it is now: of two threads that do so, neither step is
+/// lost. Returns what it was before, or nothing when the life is over or there was nothing to change.
+pub(super) fn advance<W: Word>(meta: &W, seen: u64, step: impl Fn(u64) -> u64) -> Option<u64> {
+    loop {
+        let now = meta.load(Relaxed);
+        if now >> LIFE != seen >> LIFE || now & LIVE == 0 {
+            return None;
+        }
+        let next = step(now);
+        if next == now {
+            return None;
+        }
+        if meta.replace(now, next) {
+            return Some(now);
+        }
+    }
 }
 
 /// Every interleaving, and every value that relaxed loads may see, of the steps above (loom).
@@ -163,7 +176,9 @@ mod tests {
             let record = Small::new();
             let packet = {
                 let record = Arc::clone(&record);
-                thread::spawn(move || record.read().is_some_and(|meta| change(&record.meta, meta, meta | FINISHED)))
+                thread::spawn(move || {
+                    record.read().is_some_and(|meta| advance(&record.meta, meta, |now| now | FINISHED).is_some())
+                })
             };
             let finished_before = retire(&record.meta) & FINISHED != 0;
             record.publish();
@@ -184,13 +199,36 @@ mod tests {
     fn only_one_thread_finishes_a_flow() {
         loom::model(|| {
             let record = Small::new();
-            let finish = |record: &Small| record.read().is_some_and(|meta| change(&record.meta, meta, meta | FINISHED));
+            let finish = |record: &Small| {
+                record.read().is_some_and(|meta| advance(&record.meta, meta, |now| now | FINISHED).is_some())
+            };
             let other = {
                 let record = Arc::clone(&record);
                 thread::spawn(move || finish(&record))
             };
             let here = finish(&record);
             assert!(here != other.join().unwrap());
+        });
+    }
+
+    /// Both ends close at the same moment, seen by two threads: both steps count, and one of them is the last.
+    #[test]
+    fn no_step_is_lost() {
+        const STEPS: [u64; 2] = [4, 8];
+        loom::model(|| {
+            let record = Small::new();
+            let step = |record: &Small, bit: u64| {
+                let meta = record.read().expect("nobody ends it");
+                let before = advance(&record.meta, meta, |now| now | bit).expect("nobody else sets the bit");
+                (before | bit) & 12 == 12
+            };
+            let other = {
+                let record = Arc::clone(&record);
+                thread::spawn(move || step(&record, STEPS[1]))
+            };
+            let here = step(&record, STEPS[0]);
+            assert!(here != other.join().unwrap());
+            assert_eq!(record.meta.load(Relaxed) & 12, 12);
         });
     }
 

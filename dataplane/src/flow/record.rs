@@ -4,7 +4,7 @@
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
-use super::life::{self, LIFE, LIVE};
+use super::life::{self, LIVE};
 use crate::flow::{Address, FlowKey, State};
 use crate::net::{Direction, Protocol};
 use crate::packet::Translation;
@@ -235,27 +235,12 @@ impl Record {
         (crc ^ crc >> 16) as u16
     }
 
-    /// Moves this life of the record to another state and returns whether it did. It does not when another thread moved it
-    /// too, or removed it: either knows better.
-    pub(super) fn set_state(&self, seen: u64, state: State) -> bool {
-        life::change(&self.meta, seen, seen & !(7 << STATE) | (state as u64) << STATE)
-    }
-
     /// Takes this life of the record one step on, from the state that it is in now: both ends may close at the same moment,
-    /// seen by two threads, and neither step may be lost. Returns the states before and after, when they differ.
-    pub(super) fn advance(&self, seen: u64, step: impl Fn(State) -> State) -> Option<(State, State)> {
-        let mut now = seen;
-        while now >> LIFE == seen >> LIFE && now & LIVE != 0 {
-            let (from, to) = (state_of(now), step(state_of(now)));
-            if from == to {
-                return None;
-            }
-            if self.set_state(now, to) {
-                return Some((from, to));
-            }
-            now = self.meta.load(Relaxed);
-        }
-        None
+    /// seen by two threads, and neither step may be lost. Returns the state before, or nothing when the life is over or the
+    /// state stays.
+    pub(super) fn advance(&self, seen: u64, step: impl Fn(State) -> State) -> Option<State> {
+        let next = |now: u64| now & !(7 << STATE) | (step(state_of(now)) as u64) << STATE;
+        life::advance(&self.meta, seen, next).map(state_of)
     }
 
     /// Counts a packet.

@@ -9,6 +9,8 @@ use super::State;
 use super::record::{FlowFields, Source};
 use super::table::{FlowTable, Full, Hit, Writer};
 
+/// Ports looked at for a free one once that of a finished flow is at hand.
+const PORT_SEARCH: u32 = 8;
 /// Records looked at for a victim when the table is full.
 const VICTIM_SEARCH: usize = 64;
 /// Unanswered opens idle for this many milliseconds may be pushed out of a full table.
@@ -54,17 +56,23 @@ impl FlowTable {
     }
 
     /// A free port of the reserved range towards the endpoint, in turn, so that a port rests as long as possible before
-    /// it is used again; when all are taken, that of a closing flow.
+    /// it is used again; when those next in turn are all taken, that of the flow that finished first.
     pub(super) fn choose_port(&self, writer: &mut Writer, fields: FlowFields, address: u8) -> Result<Source, Full> {
         let (first, last) = (u32::from(*self.ports.start()), u32::from(*self.ports.end()));
         let count = last - first + 1;
-        let mut closing = None;
+        let (mut closing, mut looks) = (None, 0);
         for _ in 0..count {
+            if closing.is_some() && looks == PORT_SEARCH {
+                break;
+            }
+            looks += 1;
             let turn = self.slots.next_source_port(fields.endpoint_slot) % count;
             let source = Source::Masqueraded { address, port: (first + turn) as u16 };
             match self.probe(&FlowFields { source, ..fields }.reply(self.masquerade())) {
                 None => return Ok(source),
-                Some(other) if closing.is_none() && other.state().is_finished() => closing = Some((source, other)),
+                Some(other) if closing.is_none() && other.state().is_finished() => {
+                    (closing, looks) = (Some((source, other)), 0);
+                }
                 Some(_) => {}
             }
         }

@@ -336,12 +336,6 @@ impl FlowTable {
         &self.ended
     }
 
-    /// The same life of the flow as it is now, unless it is over.
-    pub(super) fn again(&self, hit: &Hit) -> Option<Hit> {
-        let now = self.hit(hit.record)?;
-        (now.snapshot.meta >> 32 == hit.snapshot.meta >> 32).then_some(Hit { direction: hit.direction, ..now })
-    }
-
     /// The acknowledgement numbers last sent with packets of this direction, and against it; 0 where none was.
     pub(super) fn last_acknowledged(&self, hit: &Hit, direction: Direction) -> (u32, u32) {
         let record = &self.records[hit.record as usize];
@@ -377,21 +371,13 @@ impl FlowTable {
         self.slots.flow_forgotten(fields.endpoint_slot);
     }
 
-    /// Takes a flow one step on from the state that it is in now.
-    fn advance(&self, hit: &Hit, step: impl Fn(State) -> State) {
-        let moved = self.records[hit.record as usize].advance(hit.snapshot.meta, step);
-        if moved.is_some_and(|(from, to)| to.is_finished() && !from.is_finished()) {
+    /// Takes a flow one step on, and tells its endpoint when that finishes it. Returns the state before, if it changed.
+    pub(super) fn advance(&self, hit: &Hit, step: impl Fn(State) -> State) -> Option<State> {
+        let before = self.records[hit.record as usize].advance(hit.snapshot.meta, &step)?;
+        if step(before).is_finished() && !before.is_finished() {
             self.slots.flow_finished(hit.fields().endpoint_slot);
         }
-    }
-
-    /// Moves a flow to another state, unless somebody else has just done so.
-    pub(super) fn move_to(&self, hit: &Hit, next: State) -> bool {
-        let moved = self.records[hit.record as usize].set_state(hit.snapshot.meta, next);
-        if moved && next.is_finished() && !hit.state().is_finished() {
-            self.slots.flow_finished(hit.fields().endpoint_slot);
-        }
-        moved
+        Some(before)
     }
 
     fn hash_of(&self, entry: Entry) -> u64 {

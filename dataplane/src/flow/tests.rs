@@ -26,15 +26,35 @@ fn new_flow(client: u16, endpoint: u8) -> NewFlowRecord {
     }
 }
 
+fn table(slots: &Arc<Slots>) -> FlowTable {
+    let addresses = vec![Address::from_v4([192, 168, 0, 1])];
+    let masquerade = Masquerade { addresses: addresses.clone(), ports: 61000..=61999 };
+    let store = Store::heap(256);
+    FlowTable::new(store.records, store.header, addresses, Arc::clone(slots), masquerade).0
+}
+
+#[test]
+fn ends_that_close_at_the_same_moment_both_count() {
+    let slots = Arc::new(Slots::new(1));
+    let table = table(&slots);
+    let request = table.open(&new_flow(1, 1), SourceChoice::Preserve, 0).expect("there is room");
+    let segment = |fin| Tcp { syn: false, ack: true, fin, rst: false, sequence: 1, acknowledgement: 1, length: 1 };
+    table.see_tcp(&request, &segment(false), 40, 0);
+    // Two packet threads find the flow established before either has seen its FIN.
+    let request = table.find(&new_flow(1, 1).request).expect("it is open");
+    let reply = table.find(&request.fields().reply(&[])).expect("replies find it");
+    table.see_tcp(&request, &segment(true), 40, 0);
+    table.see_tcp(&reply, &segment(true), 40, 0);
+    assert_eq!(table.find(&new_flow(1, 1).request).expect("it is open").state(), State::Closing);
+    assert_eq!((slots.active(EndpointSlot(1)), slots.held(EndpointSlot(1))), (0, 1));
+}
+
 /// Threads open, find and close flows of their own while all share one small, crowded index: what a thread opened it
 /// finds, in both directions, and nothing it closed.
 #[test]
 fn threads_never_see_each_others_flows() {
     let slots = Arc::new(Slots::new(1));
-    let addresses = vec![Address::from_v4([192, 168, 0, 1])];
-    let masquerade = Masquerade { addresses: addresses.clone(), ports: 61000..=61999 };
-    let store = Store::heap(256);
-    let (table, _) = FlowTable::new(store.records, store.header, addresses, Arc::clone(&slots), masquerade);
+    let table = table(&slots);
     std::thread::scope(|scope| {
         for thread in 0..4u16 {
             let table = &table;
@@ -62,21 +82,4 @@ fn threads_never_see_each_others_flows() {
     });
     assert!(table.is_empty());
     assert!((1..4).all(|slot| slots.active(EndpointSlot(slot)) == 0));
-}
-
-#[test]
-fn ends_that_close_at_the_same_moment_both_count() {
-    let (store, slots) = (Store::heap(16), Arc::new(Slots::new(1)));
-    let masquerade = Masquerade { addresses: Vec::new(), ports: 61000..=61999 };
-    let (table, _) = FlowTable::new(store.records, store.header, Vec::new(), Arc::clone(&slots), masquerade);
-    let request = table.open(&new_flow(1, 1), SourceChoice::Preserve, 0).expect("there is room");
-    let segment = |fin| Tcp { syn: false, ack: true, fin, rst: false, sequence: 1, acknowledgement: 1, length: 1 };
-    table.see_tcp(&request, &segment(false), 40, 0);
-    // Two packet threads find the flow established before either has seen its FIN.
-    let request = table.find(&new_flow(1, 1).request).expect("it is open");
-    let reply = table.find(&request.fields().reply(&[])).expect("replies find it");
-    table.see_tcp(&request, &segment(true), 40, 0);
-    table.see_tcp(&reply, &segment(true), 40, 0);
-    assert_eq!(table.find(&new_flow(1, 1).request).expect("it is open").state(), State::Closing);
-    assert_eq!(slots.active(EndpointSlot(1)), 0, "it counts for selection no more, and was counted off once");
 }

@@ -2,6 +2,7 @@
 
 mod drops;
 mod keeper;
+mod namespace;
 mod opening;
 mod opens;
 mod shared;
@@ -11,6 +12,7 @@ mod worker;
 
 pub use drops::Drops;
 pub use keeper::Keeper;
+pub use namespace::namespace_cookie;
 pub use shared::{Settings, Shared};
 pub use thread::{PacketPath, now_ms};
 pub use tun::Tun;

@@ -191,9 +191,15 @@ impl TableBuilder {
             }
             idle
         });
+        // A Service that is gone may have endpoints that drain: their flows count on its ports.
+        let names = self.endpoint_slots.iter().map(|(name, _)| &name.port);
+        let in_use: AHashSet<u32> = names.filter_map(|port| self.port_slots.get(port)).collect();
         self.port_slots.release(|slot| {
-            slots.clear_port(PortSlot(slot));
-            true
+            let idle = !in_use.contains(&slot);
+            if idle {
+                slots.clear_port(PortSlot(slot));
+            }
+            idle
         });
     }
 

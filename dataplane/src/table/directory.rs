@@ -219,12 +219,11 @@ impl Slots {
         }
     }
 
-    /// Whether somebody has these slots.
+    /// Whether somebody has the endpoint's slot, and the port's is one. A port's may be nobody's: the Service is gone, and
+    /// its endpoints drain.
     pub(crate) fn exists(&self, endpoint: EndpointSlot, port: PortSlot) -> bool {
         let endpoint = self.directory.endpoints.get(endpoint.0 as usize);
-        let port = self.directory.ports.get(port.0 as usize);
-        endpoint.is_some_and(|entry| entry.identity.load(Relaxed) != 0)
-            && port.is_some_and(|entry| entry.identity.load(Relaxed) != 0)
+        endpoint.is_some_and(|entry| entry.identity.load(Relaxed) != 0) && port.0 < Self::CAPACITY
     }
 
     /// Who an endpoint is, the same in every process; 0 for a slot that nobody has.

@@ -147,6 +147,32 @@ fn datagrams_are_forgotten() {
     assert_eq!(path.send(udp(CLIENT, FRONTEND)).unwrap().1, socket(OTHER));
 }
 
+/// What logs and metrics are made of.
+#[test]
+fn lives_are_told() {
+    use std::time::Duration;
+
+    use crate::table::LifeChange::{Became, Drained};
+    let mut path = Path::new(16);
+    path.serve_all(Protocol::Tcp, vec![endpoint(POD, 1, Condition::Ready)]);
+    let (_, slot) = path.builder.endpoints().next().unwrap();
+    talk(&mut path, CLIENT);
+    path.serve_all(Protocol::Tcp, vec![]);
+    path.keep();
+    assert_eq!(path.shared.slots.leaving(), [slot]);
+    assert_eq!(path.shared.slots.drains_since(slot), Some(path.now_ms));
+    assert_eq!(path.shared.slots.life(slot).unwrap().deadline(), Some(Deadline::At(path.now_ms + 60_000)));
+    path.now_ms += 5_000;
+    path.tcp(CLIENT, FRONTEND, "FA").unwrap();
+    path.send(tcp(socket(POD), socket(CLIENT), "FA")).unwrap();
+    path.keep();
+    path.keep();
+    let told: Vec<_> = path.shared.slots.take_events().into_iter().map(|event| (event.change, event.flows)).collect();
+    let [(Became(ready), 0), (Became(left), 1), (Drained { after }, 0)] = told[..] else { panic!("{told:?}") };
+    assert_eq!((ready.name(), left.name(), after), ("ready", "draining", Duration::from_secs(5)));
+    assert_eq!(path.shared.slots.take_events(), []);
+}
+
 #[test]
 fn many_flows_end_in_bounded_rounds() {
     let mut path = Path::new(10_000);

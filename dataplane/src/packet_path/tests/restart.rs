@@ -312,6 +312,29 @@ fn the_file_of_another_namespace_is_refused_while_it_is_used() {
 }
 
 #[test]
+fn flows_of_a_service_that_is_gone_go_on_while_they_drain() {
+    let place = place();
+    let mut path = place.start();
+    path.serve_all(Protocol::Tcp, pods(&[1, 0, 0]));
+    let (_, pod) = path.connect(CLIENT, FRONTEND);
+    let name = path.builder.services().next().unwrap().name.clone();
+    let port = path.builder.port_slot(&name, "", Protocol::Tcp);
+    path.builder.remove(&name);
+    (0..3).for_each(|_| path.builder.release_idle());
+    assert_eq!(path.builder.port_slot(&name, "", Protocol::Tcp), port, "its flows count there");
+    let now_ms = path.now_ms;
+    drop(path);
+    for _ in 0..2 {
+        let mut path = place.start();
+        path.now_ms = now_ms;
+        path.builder.synced();
+        (0..3).for_each(|_| path.builder.release_idle());
+        assert_eq!(path.keep(), []);
+        assert_eq!(path.tcp(CLIENT, FRONTEND, "A").unwrap().1, pod);
+    }
+}
+
+#[test]
 fn datagrams_go_on_too() {
     let place = place();
     let mut path = place.start();
