@@ -104,52 +104,76 @@ fn ruleset(plan: &Plan, reserved: &BTreeSet<u16>) -> String {
     for family in &plan.families {
         chains.own_ports(plan, *family);
     }
-    // Service addresses are those that the host routes to our link: the rule never needs to name them.
-    let service = format!("fib daddr oifname \"{LINK}\" notrack");
-    let from_service = format!("iifname \"{LINK}\" fib saddr oifname \"{LINK}\" notrack");
-    chains.raw.extend([service, from_service]);
-
     let ours = format!("{:#010x}", MARK);
     let (mask, rest) = (format!("{MARK_MASK:#010x}"), format!("{:#010x}", !MARK_MASK));
-    let remember = format!("iifname \"{LINK}\" ct direction original ct mark set ct mark and {rest} or {ours}");
+    // Cheap rules first, and each ends the chain: every packet of the host comes by here. Service addresses outside the
+    // ranges, where there are any, are those that the host routes to our link: the rule never needs to name them.
+    if plan.services.iter().any(is_host) {
+        chains.arriving.push(format!("fib daddr oifname \"{LINK}\" notrack accept"));
+        chains.leaving.push(format!("fib saddr oifname \"{LINK}\" notrack accept"));
+    }
+    let remember = format!("ct direction original ct mark set ct mark and {rest} or {ours}");
     let bring_back =
-        format!("ct direction reply ct mark and {mask} == {ours} meta mark set meta mark and {rest} or {ours}");
+        format!("ct direction reply ct mark and {mask} == {ours} meta mark set meta mark and {rest} or {ours} accept");
     let reserved: Vec<String> =
         sysctl::ranges(reserved).into_iter().map(|(first, last)| format!("{first}-{last}")).collect();
     let elements =
         if reserved.is_empty() { String::new() } else { format!("elements = {{ {} }}", reserved.join(", ")) };
     let mut text = format!("add table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{\n");
     let mut chain = |name: &str, hook: &str, rules: &[String]| {
-        let _ = write!(text, "  chain {name} {{\n    type {hook}; policy accept;\n");
+        let _ = writeln!(text, "  chain {name} {{");
+        if !hook.is_empty() {
+            let _ = writeln!(text, "    type {hook}; policy accept;");
+        }
         for rule in rules {
             let _ = writeln!(text, "    {rule}");
         }
         text.push_str("  }\n");
     };
-    chain("untracked", "filter hook prerouting priority raw", &chains.raw);
+    chain("from_us", "", &chains.leaving);
+    let from_us = format!("iifname \"{LINK}\" jump from_us");
+    let from_us_accept = format!("iifname \"{LINK}\" accept");
+    let untracked = [vec![from_us, from_us_accept], chains.arriving].concat();
+    chain("untracked", "filter hook prerouting priority raw", &untracked);
     let untracked_output = [format!("oifname \"{LINK}\" notrack")];
     chain("untracked_output", "filter hook output priority raw", &untracked_output);
-    let arriving = [vec![remember, format!("iifname != \"{LINK}\" {bring_back}")], chains.errors.clone()].concat();
-    chain("marked", "filter hook prerouting priority mangle", &arriving);
+    let marked = [
+        vec![format!("iifname \"{LINK}\" {remember} accept"), format!("iifname \"{LINK}\" accept"), bring_back.clone()],
+        chains.errors.clone(),
+    ]
+    .concat();
+    chain("marked", "filter hook prerouting priority mangle", &marked);
     // Endpoints in the host's own namespace, and ICMP errors of the host itself.
-    let leaving = [vec![bring_back], chains.errors].concat();
-    chain("marked_output", "route hook output priority mangle", &leaving);
+    let marked_output = [vec![bring_back], chains.errors].concat();
+    chain("marked_output", "route hook output priority mangle", &marked_output);
     let _ = write!(text, "  set {RESERVED} {{\n    type inet_service; flags interval; {elements}\n  }}\n}}\n");
     text
 }
 
 #[derive(Default)]
 struct Chains {
-    raw: Vec<String>,
+    /// Packets that are to come to us: out of connection tracking.
+    arriving: Vec<String>,
+    /// Packets that come from us: out of connection tracking, unless the client's address is kept.
+    leaving: Vec<String>,
+    /// ICMP errors about packets of ours.
     errors: Vec<String>,
 }
 
 impl Chains {
-    /// Rules about the node's own addresses: node ports, and the ports of masqueraded flows.
+    /// Rules about Service ranges and about the node's own addresses: node ports, and the ports of masqueraded flows.
     fn own_ports(&mut self, plan: &Plan, family: Family) {
         let node_ports = |address: &IpAddr| plan.node_port_addresses.iter().any(|range| range.contains(address));
         let mut addresses: BTreeSet<IpAddr> = plan.primary.iter().copied().collect();
         addresses.extend(plan.node_port_addresses.iter().map(ipnet::IpNet::addr));
+        let ip = match family {
+            Family::V4 => "ip",
+            Family::V6 => "ip6",
+        };
+        for range in plan.services.iter().filter(|range| Family::of(range.addr()) == family && !is_host(range)) {
+            self.arriving.push(format!("{ip} daddr {range} notrack accept"));
+            self.leaving.push(format!("{ip} saddr {range} notrack accept"));
+        }
         for address in addresses.into_iter().filter(|address| Family::of(*address) == family) {
             let masquerade = plan.masquerade_ports.filter(|_| plan.primary.contains(&address));
             let ports = [plan.node_ports.filter(|_| node_ports(&address)), masquerade];
@@ -158,19 +182,15 @@ impl Chains {
                 continue;
             }
             let ports = ports.join(", ");
-            let (ip, icmp, types, quoted_port) = match family {
-                Family::V4 => ("ip", "icmp", "destination-unreachable, time-exceeded, parameter-problem", 8 + 20),
-                Family::V6 => (
-                    "ip6",
-                    "icmpv6",
-                    "destination-unreachable, packet-too-big, time-exceeded, parameter-problem",
-                    8 + 40,
-                ),
+            let (icmp, types, quoted_port) = match family {
+                Family::V4 => ("icmp", "destination-unreachable, time-exceeded, parameter-problem", 8 + 20),
+                Family::V6 => {
+                    ("icmpv6", "destination-unreachable, packet-too-big, time-exceeded, parameter-problem", 8 + 40)
+                }
             };
             let protocols = "meta l4proto { tcp, udp, sctp }";
-            self.raw.push(format!("{ip} daddr {address} {protocols} th dport {{ {ports} }} notrack"));
-            self.raw
-                .push(format!("iifname \"{LINK}\" {ip} saddr {address} {protocols} th sport {{ {ports} }} notrack"));
+            self.arriving.push(format!("{ip} daddr {address} {protocols} th dport {{ {ports} }} notrack accept"));
+            self.leaving.push(format!("{ip} saddr {address} {protocols} th sport {{ {ports} }} notrack accept"));
             // The packet that an error quotes is one of ours: its source is this address with such a port.
             self.errors.push(format!(
                 "iifname != \"{LINK}\" {ip} daddr {address} {icmp} type {{ {types} }} @th,{},16 {{ {ports} }} meta mark set meta mark and {:#010x} or {MARK:#010x}",
@@ -179,4 +199,8 @@ impl Chains {
             ));
         }
     }
+}
+
+fn is_host(range: &ipnet::IpNet) -> bool {
+    range.prefix_len() == range.max_prefix_len()
 }
