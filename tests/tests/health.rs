@@ -136,7 +136,7 @@ fn healthz_and_livez_answer_on_both_families() {
         (with(["spec", "taints"], taint("node.kubernetes.io/unreachable")), true),
     ];
     for (object, eligible) in rows {
-        cluster.write("node.json", &[object.clone()]).unwrap();
+        cluster.write("node.json", std::slice::from_ref(&object)).unwrap();
         let loopback = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
         let askers = addresses.map(|ip| (&cluster.topology.client, ip)).into_iter();
         for (ns, ip) in askers.chain(loopback.map(|ip| (&cluster.topology.node, ip))) {
