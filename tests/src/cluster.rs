@@ -10,12 +10,11 @@ use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
-use sluice_bench::client;
 use sluice_bench::netns::NetNs;
 use sluice_bench::serve::PodServer;
 use sluice_bench::topology::{Pod, Topology, TopologyConfig};
 
-use crate::{manifests, sluice_binary};
+use crate::{http, manifests, sluice_binary};
 
 /// Where the daemon's admin API listens, inside the node's namespace.
 pub const ADMIN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10249);
@@ -68,6 +67,11 @@ impl Cluster {
     /// Flags that every later start of the daemon gets too.
     pub fn arguments(&mut self, arguments: &[&str]) {
         self.arguments = arguments.iter().map(|text| (*text).to_owned()).collect();
+    }
+
+    /// Writes the configuration file anew, for the next start.
+    pub fn configure(&self, text: &str) -> Result<()> {
+        fs::write(self.folder.path().join("config.yaml"), text).context("cannot write the configuration")
     }
 
     /// Adds Pod `web-NUMBER` with the addresses 10.244.0.NUMBER and fd00:10:244::NUMBER.
@@ -154,8 +158,9 @@ impl Cluster {
 
     /// Answer of the daemon's admin API.
     pub fn admin(&self, path: &str) -> Result<String> {
-        let answer = self.topology.node.run(|| Ok(client::get(ADMIN, path, SOON)))?;
-        answer.map_err(|failure| anyhow::anyhow!("GET {path}: {failure}"))
+        let answer = http::get(&self.topology.node, ADMIN, path)?;
+        ensure!(answer.status == 200, "GET {path}: {}", answer.status);
+        Ok(answer.body)
     }
 
     /// Value of a metric whose line starts with this text (name and labels up to where they differ).
@@ -168,8 +173,6 @@ impl Cluster {
 
     /// Generation of the routing table in force; an error before the first.
     pub fn generation(&self) -> Result<u64> {
-        let health = self.topology.node.run(|| Ok(client::get(ADMIN, "/healthz", SOON)))?;
-        ensure!(health.is_ok(), "not healthy");
         let text = self.admin("/metrics")?;
         let line =
             text.lines().find(|line| line.starts_with("sluice_table_generation ")).context("no generation yet")?;
@@ -191,6 +194,24 @@ impl Cluster {
         }
     }
 
+    /// Everything that is wrong now, as the daemon tells it.
+    pub fn problems(&self) -> Result<String> {
+        self.admin("/api/v1/problems")
+    }
+
+    /// Waits until the problems are as `accept` wants them.
+    pub fn wait_for_problems(&self, what: &str, accept: impl Fn(&str) -> bool) -> Result<()> {
+        let deadline = Instant::now() + SOON;
+        loop {
+            let problems = self.problems()?;
+            if accept(&problems) {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "{what}: {problems}\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     /// Runs `sluice` with these arguments in the node's namespace and returns what it prints.
     pub fn sluice(&self, arguments: &[&str]) -> Result<String> {
         self.output(sluice_binary(), arguments)
@@ -204,7 +225,7 @@ impl Cluster {
         Ok(String::from_utf8(output.stdout)?)
     }
 
-    /// All that a daemon may change on its host, as text: links, routes, rules, nftables, reserved ports.
+    /// All that a daemon may change on its host, as text: links, routes, rules, nftables, settings.
     pub fn host_state(&self) -> Result<String> {
         let mut text = String::new();
         for arguments in [
@@ -217,8 +238,11 @@ impl Cluster {
             text += &self.output("ip", arguments)?;
         }
         text += &self.output("nft", &["list", "ruleset"])?;
-        let reserved = self.topology.node.run(|| Ok(fs::read_to_string("/proc/sys/net/ipv4/ip_local_reserved_ports")?));
-        Ok(text + &reserved?)
+        for setting in ["ip_local_reserved_ports", "tcp_early_demux"] {
+            let path = format!("/proc/sys/net/ipv4/{setting}");
+            text += &self.topology.node.run(|| Ok(fs::read_to_string(path)?))?;
+        }
+        Ok(text)
     }
 
     /// Where the Service `web` answers in this family: ClusterIP, node port, load-balancer address.

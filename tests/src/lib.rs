@@ -1,7 +1,11 @@
 //! Helpers of the whole-program tests: they drive the built programs from outside, as a user would.
 
 pub mod cluster;
+pub mod http;
+pub mod lab;
 pub mod manifests;
+pub mod probe;
+pub mod sctp;
 
 use std::path::PathBuf;
 

@@ -63,20 +63,26 @@ impl Host {
     /// Brings the host to this plan, whatever it is at now. Returns what had to be changed: empty when all was right.
     pub async fn apply(&mut self, plan: Plan) -> anyhow::Result<Vec<String>> {
         let mut changes = link::set_up(&self.netlink).await?;
-        let noted = nft::reserved_ports()?;
-        let reserved = sysctl::reserved_ports();
+        let noted = nft::noted()?;
+        let (reserved, early_demux) = (sysctl::reserved_ports(), sysctl::early_demux());
         let wanted: BTreeSet<u16> = plan.masquerade_ports.into_iter().flat_map(PortRange::range).collect();
         let missing: BTreeSet<u16> = wanted.difference(&reserved).copied().collect();
-        if self.plan != plan || noted.is_none() || !missing.is_empty() {
-            // What we reserve is noted in our nftables table first: only so can it be told from what others reserve.
-            let ours = noted.unwrap_or_default().union(&missing).copied().collect();
-            if nft::apply(&plan, &ours)? {
+        if self.plan != plan || noted.is_none() || !missing.is_empty() || early_demux {
+            // What we change is noted in our nftables table first: only so can it be told from what others changed.
+            let mut noted = noted.unwrap_or_default();
+            noted.reserved.extend(&missing);
+            noted.early_demux |= early_demux;
+            if nft::apply(&plan, &noted)? {
                 changes.push("nftables table".to_owned());
             }
         }
         if !missing.is_empty() {
             sysctl::set_reserved_ports(&reserved.union(&missing).copied().collect())?;
             changes.push("reserved ports".to_owned());
+        }
+        if early_demux {
+            sysctl::set_early_demux(false)?;
+            changes.push("TCP early demux".to_owned());
         }
         changes.extend(route::apply(&self.netlink, &plan).await?);
         changes.extend(rule::apply(&self.netlink, &plan).await?);
@@ -93,9 +99,12 @@ impl Host {
     pub async fn clean_up(&mut self) -> anyhow::Result<Vec<String>> {
         let mut removed = rule::remove(&self.netlink).await?;
         removed.extend(route::remove(&self.netlink).await?);
-        if let Some(ours) = nft::reserved_ports()? {
-            let left = sysctl::reserved_ports().difference(&ours).copied().collect();
+        if let Some(ours) = nft::noted()? {
+            let left = sysctl::reserved_ports().difference(&ours.reserved).copied().collect();
             sysctl::set_reserved_ports(&left)?;
+            if ours.early_demux {
+                sysctl::set_early_demux(true)?;
+            }
             nft::remove()?;
             removed.push("nftables table".to_owned());
         }

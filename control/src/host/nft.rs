@@ -16,35 +16,48 @@ use super::{LINK, Lacking, MARK, MARK_MASK, Plan, sysctl};
 
 const TABLE: &str = "sluice";
 const RESERVED: &str = "reserved_ports";
+const EARLY_DEMUX: &str = "early_demux_was_on";
 
 /// Fails unless `nft` is there and may be used.
 pub fn require() -> Result<()> {
     list(&["tables"]).map(|_| ())
 }
 
-/// The ports that we have reserved on this host; nothing when our table is not there.
-pub(super) fn reserved_ports() -> Result<Option<BTreeSet<u16>>> {
+/// What we changed of the kernel's settings, to be undone.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Noted {
+    /// Ports that we reserved.
+    pub(super) reserved: BTreeSet<u16>,
+    /// Early demux of TCP was on.
+    pub(super) early_demux: bool,
+}
+
+/// What our table on this host notes; nothing when it is not there.
+pub(super) fn noted() -> Result<Option<Noted>> {
     let tables = list(&["tables", "inet"])?;
     let is_ours = |entry: &Value| entry["table"]["name"] == TABLE;
     if !tables["nftables"].as_array().is_some_and(|entries| entries.iter().any(is_ours)) {
         return Ok(None);
     }
-    let set = list(&["set", "inet", TABLE, RESERVED])?;
-    let sets = set["nftables"].as_array().into_iter().flatten();
-    let elements = sets.filter_map(|entry| entry["set"]["elem"].as_array()).flatten();
+    let table = list(&["table", "inet", TABLE])?;
+    let sets = || table["nftables"].as_array().into_iter().flatten().map(|entry| &entry["set"]);
+    let elements = sets().filter(|set| set["name"] == RESERVED).filter_map(|set| set["elem"].as_array()).flatten();
     let port = |value: &Value| u16::try_from(value.as_u64()?).ok();
     let range = |element: &Value| match element["range"].as_array() {
         Some(ends) => Some(port(ends.first()?)?..=port(ends.get(1)?)?),
         None => port(element).map(|port| port..=port),
     };
-    Ok(Some(elements.filter_map(range).flatten().collect()))
+    Ok(Some(Noted {
+        reserved: elements.filter_map(range).flatten().collect(),
+        early_demux: sets().any(|set| set["name"] == EARLY_DEMUX),
+    }))
 }
 
-/// Puts the table in place of the last one, in one transaction. `reserved`: noted for [`reserved_ports`]. Returns whether
-/// it differs from what this process put there before.
-pub(super) fn apply(plan: &Plan, reserved: &BTreeSet<u16>) -> Result<bool> {
+/// Puts the table in place of the last one, in one transaction, with this noted in it. Returns whether it
+/// differs from what this process put there before.
+pub(super) fn apply(plan: &Plan, noted: &Noted) -> Result<bool> {
     static LAST: Mutex<String> = Mutex::new(String::new());
-    let text = ruleset(plan, reserved);
+    let text = ruleset(plan, noted);
     run(&text)?;
     let mut last = LAST.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     Ok(std::mem::replace(&mut *last, text.clone()) != text)
@@ -99,7 +112,7 @@ fn refused(stderr: &[u8]) -> anyhow::Error {
 }
 
 /// The whole table as an nft script.
-fn ruleset(plan: &Plan, reserved: &BTreeSet<u16>) -> String {
+fn ruleset(plan: &Plan, noted: &Noted) -> String {
     let mut chains = Chains::default();
     for family in &plan.families {
         chains.own_ports(plan, *family);
@@ -116,7 +129,7 @@ fn ruleset(plan: &Plan, reserved: &BTreeSet<u16>) -> String {
     let bring_back =
         format!("ct direction reply ct mark and {mask} == {ours} meta mark set meta mark and {rest} or {ours} accept");
     let reserved: Vec<String> =
-        sysctl::ranges(reserved).into_iter().map(|(first, last)| format!("{first}-{last}")).collect();
+        sysctl::ranges(&noted.reserved).into_iter().map(|(first, last)| format!("{first}-{last}")).collect();
     let elements =
         if reserved.is_empty() { String::new() } else { format!("elements = {{ {} }}", reserved.join(", ")) };
     let mut text = format!("add table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{\n");
@@ -146,7 +159,12 @@ fn ruleset(plan: &Plan, reserved: &BTreeSet<u16>) -> String {
     // Endpoints in the host's own namespace, and ICMP errors of the host itself.
     let marked_output = [vec![bring_back], chains.errors].concat();
     chain("marked_output", "route hook output priority mangle", &marked_output);
-    let _ = write!(text, "  set {RESERVED} {{\n    type inet_service; flags interval; {elements}\n  }}\n}}\n");
+    let _ = write!(text, "  set {RESERVED} {{\n    type inet_service; flags interval; {elements}\n  }}\n");
+    if noted.early_demux {
+        // An empty set: that it is there says it.
+        let _ = writeln!(text, "  set {EARLY_DEMUX} {{\n    type inet_service\n  }}");
+    }
+    text.push_str("}\n");
     text
 }
 

@@ -10,6 +10,8 @@ use sluice_dataplane::net::Family;
 use super::Lacking;
 
 const RESERVED_PORTS: &str = "/proc/sys/net/ipv4/ip_local_reserved_ports";
+/// Of both families, whatever its name.
+const EARLY_DEMUX: &str = "/proc/sys/net/ipv4/tcp_early_demux";
 
 /// Whether the host has this family at all.
 #[must_use]
@@ -77,6 +79,19 @@ pub(super) fn set_reserved_ports(ports: &BTreeSet<u16>) -> Result<()> {
     let ranges: Vec<String> = ranges(ports).iter().map(|(first, last)| format!("{first}-{last}")).collect();
     // An empty write changes nothing; a line break is taken as an empty list.
     write(RESERVED_PORTS, &(ranges.join(",") + "\n"))
+}
+
+/// Whether the kernel looks for the socket of a TCP packet before it routes it. The packet path cannot have that: what comes
+/// for a port in the node-port range that no Service has is routed to our link and back, and the kernel drops a packet that
+/// it forwards when it has a socket already (`ip_forward`). So connections to servers of the host itself on such ports,
+/// health checks of ours among them, would not get past their handshake.
+pub(super) fn early_demux() -> bool {
+    read(EARLY_DEMUX).is_some_and(|value| value != "0")
+}
+
+/// Turns that on or off.
+pub(super) fn set_early_demux(on: bool) -> Result<()> {
+    write(EARLY_DEMUX, if on { "1" } else { "0" })
 }
 
 /// Consecutive ports as ranges.
