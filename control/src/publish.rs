@@ -40,6 +40,7 @@ impl Publisher {
             service_proxy_name: config.service_proxy_name.clone(),
             balancing: config.balancing,
             service_cidrs: Vec::new(),
+            node_port_addresses: Vec::new(),
             node_port_range: config.node_port_range,
             fill_in_defaults: config.local_controllers,
         };
@@ -234,6 +235,7 @@ impl Publisher {
         self.node = NodeFacts::new(&name, node, &self.interfaces);
         let spec = self.node_spec();
         self.rules.service_cidrs.clone_from(&spec.service_cidrs);
+        self.rules.node_port_addresses.clone_from(&spec.node_port_addresses);
         self.builder.set_node(spec);
     }
 
