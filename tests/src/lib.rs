@@ -2,6 +2,7 @@
 
 pub mod cluster;
 pub mod manifests;
+pub mod naive;
 
 use std::path::PathBuf;
 
