@@ -67,6 +67,7 @@ impl TableBuilder {
     pub fn set_node(&mut self, node: NodeSpec) {
         if *self.table.node.spec() != node {
             self.table.node = Arc::new(Node::new(node));
+            self.table.host_version += 1;
         }
     }
 
@@ -107,8 +108,10 @@ impl TableBuilder {
         let seniority = (spec.created.unwrap_or(i64::MAX), spec.name.clone());
         // New claims and slots come first, so that what stays keeps its slot.
         let ports: Vec<Arc<ServicePort>> = spec.ports.iter().map(|port| self.port(&spec, port)).collect();
+        let mut had = Vec::new();
         if let Some(old) = old {
             self.withdraw(&old, Some(&spec));
+            had = old.frontends;
         }
         let mut frontends = Vec::new();
         for (port, built) in spec.ports.iter().zip(ports) {
@@ -118,6 +121,9 @@ impl TableBuilder {
                 frontends.push(key);
             }
         }
+        if !self.outside(&had).eq(self.outside(&frontends)) {
+            self.table.host_version += 1;
+        }
         self.services.insert(spec.name.clone(), Owned { spec, frontends });
         true
     }
@@ -126,6 +132,9 @@ impl TableBuilder {
     pub fn remove(&mut self, name: &ServiceName) -> bool {
         let Some(old) = self.services.remove(name) else { return false };
         self.withdraw(&old, None);
+        if self.outside(&old.frontends).next().is_some() {
+            self.table.host_version += 1;
+        }
         true
     }
 
@@ -218,6 +227,12 @@ impl TableBuilder {
                 }
             }
         }
+    }
+
+    /// Frontends on addresses outside the Service ranges.
+    fn outside<'k>(&self, keys: &'k [FrontendKey]) -> impl Iterator<Item = &'k FrontendKey> {
+        let node = Arc::clone(&self.table.node);
+        keys.iter().filter(move |key| matches!(key, FrontendKey::Address(ip, ..) if !node.in_service_range(*ip)))
     }
 
     fn claim(&mut self, seniority: &Seniority, frontend: Arc<Frontend>) {
@@ -339,94 +354,4 @@ impl<K: Clone + Eq + std::hash::Hash> Numbers<K> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::net::Family;
-    use crate::table::TrafficPolicy;
-
-    fn spec(name: &str, created: i64, cluster_ip: &str, endpoints: &[&str]) -> ServiceSpec {
-        let addresses: Vec<SocketAddr> = endpoints.iter().map(|text| text.parse().unwrap()).collect();
-        let port = PortSpec {
-            name: "http".to_owned(),
-            protocol: Protocol::Tcp,
-            number: 80,
-            family: Family::V4,
-            cluster_ip: cluster_ip.parse().unwrap(),
-            node_port: Some(30080),
-            load_balancer_ips: Vec::new(),
-            external_ips: Vec::new(),
-            source_ranges: Vec::new(),
-            source_ranges_admit_vips: false,
-            internal_policy: TrafficPolicy::Cluster,
-            external_policy: TrafficPolicy::Cluster,
-            affinity: None,
-            balancing: Default::default(),
-            cluster: EndpointList { addresses: addresses.clone(), why: String::new() },
-            local: EndpointList::default(),
-            has_any_endpoint: !addresses.is_empty(),
-            serving: addresses,
-        };
-        ServiceSpec { name: ServiceName::new("ns", name), created: Some(created), ports: vec![port] }
-    }
-
-    fn owner(table: &RoutingTable, key: FrontendKey) -> Option<String> {
-        table.frontends.get(&key).map(|frontend| frontend.port.service.name.to_string())
-    }
-
-    #[test]
-    fn the_older_service_keeps_a_contested_frontend_whatever_the_order() {
-        let contested = FrontendKey::NodePort(Family::V4, Protocol::Tcp, 30080);
-        let (old, young) = (spec("old", 1, "10.96.0.1", &[]), spec("young", 2, "10.96.0.2", &[]));
-        for order in [[&old, &young], [&young, &old]] {
-            let mut builder = TableBuilder::new(Arc::new(Slots::new(1)));
-            order.into_iter().for_each(|spec| assert!(builder.set(spec.clone())));
-            assert_eq!(owner(&builder.build(), contested).as_deref(), Some("old"));
-            assert_eq!(builder.conflicts().len(), 1);
-            assert!(builder.remove(&old.name));
-            assert_eq!(owner(&builder.build(), contested).as_deref(), Some("young"));
-            assert!(builder.conflicts().is_empty());
-            assert!(builder.remove(&young.name) && builder.build().is_empty());
-        }
-    }
-
-    #[test]
-    fn a_published_table_never_changes() {
-        let mut builder = TableBuilder::new(Arc::new(Slots::new(1)));
-        builder.set(spec("a", 1, "10.96.0.1", &["10.0.0.1:80"]));
-        let before = builder.build();
-        assert!(!builder.set(spec("a", 1, "10.96.0.1", &["10.0.0.1:80"])), "an equal spec is no change");
-        builder.set(spec("a", 1, "10.96.0.9", &["10.0.0.2:80"]));
-        let after = builder.build();
-        assert!(
-            before.is_cluster_ip("10.96.0.1".parse().unwrap()) && !before.is_cluster_ip("10.96.0.9".parse().unwrap())
-        );
-        assert!(
-            after.is_cluster_ip("10.96.0.9".parse().unwrap()) && !after.is_cluster_ip("10.96.0.1".parse().unwrap())
-        );
-        assert!(after.generation() > before.generation());
-    }
-
-    #[test]
-    fn an_endpoint_keeps_its_slot_while_flows_use_it() {
-        let slots = Arc::new(Slots::new(1));
-        let mut builder = TableBuilder::new(Arc::clone(&slots));
-        let name = ServiceName::new("ns", "a");
-        let slot = |builder: &TableBuilder, endpoint: &str| {
-            builder.endpoint_slot(&name, "http", Protocol::Tcp, endpoint.parse().unwrap())
-        };
-        builder.set(spec("a", 1, "10.96.0.1", &["10.0.0.1:80", "10.0.0.2:80"]));
-        let busy = slot(&builder, "10.0.0.1:80").unwrap();
-        slots.flow_opened(busy);
-        let epoch = slots.epoch(busy);
-        builder.set(spec("a", 1, "10.96.0.1", &["10.0.0.3:80"]));
-        assert_ne!(slots.epoch(busy), epoch, "its UDP flows end");
-        builder.release_idle();
-        assert!(slot(&builder, "10.0.0.2:80").is_some(), "a thread may still use the last table");
-        builder.release_idle();
-        assert_eq!(slot(&builder, "10.0.0.1:80"), Some(busy));
-        assert_eq!(slot(&builder, "10.0.0.2:80"), None, "the idle one is free");
-        slots.flow_closed(busy);
-        builder.release_idle();
-        assert_eq!(slot(&builder, "10.0.0.1:80"), None);
-    }
-}
+mod tests;

@@ -1,0 +1,117 @@
+//! Tables from specifications: conflicts, slots, and what a change leaves alone.
+
+use super::*;
+use crate::net::Family;
+use crate::table::TrafficPolicy;
+
+fn spec(name: &str, created: i64, cluster_ip: &str, endpoints: &[&str]) -> ServiceSpec {
+    let addresses: Vec<SocketAddr> = endpoints.iter().map(|text| text.parse().unwrap()).collect();
+    let port = PortSpec {
+        name: "http".to_owned(),
+        protocol: Protocol::Tcp,
+        number: 80,
+        family: Family::V4,
+        cluster_ip: cluster_ip.parse().unwrap(),
+        node_port: Some(30080),
+        load_balancer_ips: Vec::new(),
+        external_ips: Vec::new(),
+        source_ranges: Vec::new(),
+        source_ranges_admit_vips: false,
+        internal_policy: TrafficPolicy::Cluster,
+        external_policy: TrafficPolicy::Cluster,
+        affinity: None,
+        balancing: Default::default(),
+        cluster: EndpointList { addresses: addresses.clone(), why: String::new() },
+        local: EndpointList::default(),
+        has_any_endpoint: !addresses.is_empty(),
+        serving: addresses,
+    };
+    ServiceSpec { name: ServiceName::new("ns", name), created: Some(created), ports: vec![port] }
+}
+
+fn owner(table: &RoutingTable, key: FrontendKey) -> Option<String> {
+    table.frontends.get(&key).map(|frontend| frontend.port.service.name.to_string())
+}
+
+#[test]
+fn the_older_service_keeps_a_contested_frontend_whatever_the_order() {
+    let contested = FrontendKey::NodePort(Family::V4, Protocol::Tcp, 30080);
+    let (old, young) = (spec("old", 1, "10.96.0.1", &[]), spec("young", 2, "10.96.0.2", &[]));
+    for order in [[&old, &young], [&young, &old]] {
+        let mut builder = TableBuilder::new(Arc::new(Slots::new(1)));
+        order.into_iter().for_each(|spec| assert!(builder.set(spec.clone())));
+        assert_eq!(owner(&builder.build(), contested).as_deref(), Some("old"));
+        assert_eq!(builder.conflicts().len(), 1);
+        assert!(builder.remove(&old.name));
+        assert_eq!(owner(&builder.build(), contested).as_deref(), Some("young"));
+        assert!(builder.conflicts().is_empty());
+        assert!(builder.remove(&young.name) && builder.build().is_empty());
+    }
+}
+
+#[test]
+fn a_published_table_never_changes() {
+    let mut builder = TableBuilder::new(Arc::new(Slots::new(1)));
+    builder.set(spec("a", 1, "10.96.0.1", &["10.0.0.1:80"]));
+    let before = builder.build();
+    assert!(!builder.set(spec("a", 1, "10.96.0.1", &["10.0.0.1:80"])), "an equal spec is no change");
+    builder.set(spec("a", 1, "10.96.0.9", &["10.0.0.2:80"]));
+    let after = builder.build();
+    assert!(before.is_cluster_ip("10.96.0.1".parse().unwrap()) && !before.is_cluster_ip("10.96.0.9".parse().unwrap()));
+    assert!(after.is_cluster_ip("10.96.0.9".parse().unwrap()) && !after.is_cluster_ip("10.96.0.1".parse().unwrap()));
+    assert!(after.generation() > before.generation());
+}
+
+#[test]
+fn the_host_is_asked_only_for_what_is_outside_the_service_ranges() {
+    let mut builder = TableBuilder::new(Arc::new(Slots::new(1)));
+    builder.set_node(NodeSpec { service_cidrs: vec!["10.96.0.0/16".parse().unwrap()], ..NodeSpec::default() });
+    let mut version = builder.build().host_version();
+    let mut changes = |builder: &mut TableBuilder| {
+        let before = std::mem::replace(&mut version, builder.build().host_version());
+        before != version
+    };
+    let external = |endpoints: &[&str]| {
+        let mut spec = spec("a", 1, "10.96.0.1", endpoints);
+        spec.ports[0].external_ips = vec!["198.51.100.1".parse().unwrap()];
+        spec
+    };
+    builder.set(spec("a", 1, "10.96.0.1", &["10.0.0.1:80"]));
+    assert!(!changes(&mut builder), "a ClusterIP in the range");
+    builder.set(external(&["10.0.0.1:80"]));
+    assert!(changes(&mut builder), "an external address comes");
+    builder.set(external(&["10.0.0.2:80"]));
+    assert!(!changes(&mut builder), "another endpoint");
+    builder.set(spec("a", 1, "172.30.0.1", &[]));
+    assert!(changes(&mut builder), "another address");
+    builder.set_node(NodeSpec { service_cidrs: vec!["172.30.0.0/16".parse().unwrap()], ..NodeSpec::default() });
+    assert!(changes(&mut builder), "another range");
+    builder.remove(&ServiceName::new("ns", "a"));
+    assert!(!changes(&mut builder), "nothing outside is gone");
+    builder.set(external(&[]));
+    assert!(changes(&mut builder) && builder.remove(&ServiceName::new("ns", "a")) && changes(&mut builder));
+}
+
+#[test]
+fn an_endpoint_keeps_its_slot_while_flows_use_it() {
+    let slots = Arc::new(Slots::new(1));
+    let mut builder = TableBuilder::new(Arc::clone(&slots));
+    let name = ServiceName::new("ns", "a");
+    let slot = |builder: &TableBuilder, endpoint: &str| {
+        builder.endpoint_slot(&name, "http", Protocol::Tcp, endpoint.parse().unwrap())
+    };
+    builder.set(spec("a", 1, "10.96.0.1", &["10.0.0.1:80", "10.0.0.2:80"]));
+    let busy = slot(&builder, "10.0.0.1:80").unwrap();
+    slots.flow_opened(busy);
+    let epoch = slots.epoch(busy);
+    builder.set(spec("a", 1, "10.96.0.1", &["10.0.0.3:80"]));
+    assert_ne!(slots.epoch(busy), epoch, "its UDP flows end");
+    builder.release_idle();
+    assert!(slot(&builder, "10.0.0.2:80").is_some(), "a thread may still use the last table");
+    builder.release_idle();
+    assert_eq!(slot(&builder, "10.0.0.1:80"), Some(busy));
+    assert_eq!(slot(&builder, "10.0.0.2:80"), None, "the idle one is free");
+    slots.flow_closed(busy);
+    builder.release_idle();
+    assert_eq!(slot(&builder, "10.0.0.1:80"), None);
+}
