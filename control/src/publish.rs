@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ahash::AHashSet;
 use sluice_dataplane::table::{NodeSpec, RoutingTable, ServiceName, Slots, TableBuilder};
 
 use crate::address;
@@ -160,10 +161,17 @@ impl Publisher {
     /// Endpoints that are frontends of ours. They get no flows.
     fn loops(&self) -> Vec<Problem> {
         let table = self.builder.current();
+        // Of a quarter of a million endpoints next to none is worth the lookups in the table.
+        let mut suspects: AHashSet<IpAddr> = table.node().spec().node_port_addresses.iter().copied().collect();
+        for port in self.builder.services().flat_map(|spec| &spec.ports) {
+            suspects.insert(port.cluster_ip);
+            suspects.extend(port.load_balancer_ips.iter().chain(&port.external_ips));
+        }
         let mut problems = Vec::new();
         for spec in self.builder.services() {
             for port in &spec.ports {
                 let endpoints = port.cluster.addresses.iter().chain(&port.local.addresses);
+                let endpoints = endpoints.filter(|endpoint| suspects.contains(&endpoint.ip()));
                 for endpoint in endpoints.filter(|endpoint| table.leads_back(**endpoint, port.protocol)) {
                     let service = table.frontend(endpoint.ip(), *endpoint, port.protocol).map(|it| &it.port.service);
                     let whose = service.map_or("a ClusterIP".to_owned(), |it| format!("a frontend of Service {it}"));
