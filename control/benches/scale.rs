@@ -90,7 +90,9 @@ fn run(size: &Size, local_controllers: bool) -> Result<()> {
     let after = resident()?;
     println!("full load from objects    {loaded:>10.1?}, {} frontends", table.len());
     let each = |bytes: u64, of: usize| bytes as f64 / of as f64;
-    for (what, bytes) in [("objects", objects - before), ("objects and table", after - before)] {
+    for (what, bytes) in
+        [("objects", objects.saturating_sub(before)), ("objects and table", after.saturating_sub(before))]
+    {
         let (service, endpoint) = (each(bytes, size.services), each(bytes, size.endpoints));
         let mib = bytes >> 20;
         println!("resident, {what:<17} {mib:>5} MiB: {service:.0} bytes a Service, or {endpoint:.0} bytes an endpoint");
@@ -107,7 +109,7 @@ fn run(size: &Size, local_controllers: bool) -> Result<()> {
         let table = table.context("each change changes an endpoint")?;
         shared.publish(Arc::clone(&table));
         record(&mut applied, begun.elapsed())?;
-        if round % 100 == 0 {
+        if round % (size.changes / 20) == 0 {
             let begun = Instant::now();
             let plan = Plan::new(&table, &config, &masquerade);
             record(&mut planned, begun.elapsed())?;
@@ -125,7 +127,7 @@ fn run(size: &Size, local_controllers: bool) -> Result<()> {
     let begun = Instant::now();
     publisher.release_idle();
     println!("idle counters released    {:>10.1?}", begun.elapsed());
-    println!("resident at the end       {} MiB", (resident()? - before) >> 20);
+    println!("resident at the end       {} MiB", resident()?.saturating_sub(before) >> 20);
     Ok(())
 }
 
