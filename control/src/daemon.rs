@@ -72,6 +72,7 @@ pub async fn run(config: Config, manifests: &Path) -> Result<()> {
         loopback: LoopbackListeners::default(),
         masquerade: settings.masquerade_addresses,
         interfaces,
+        planned: None,
     };
     let served = match daemon.set_up_host().await {
         Ok(()) => daemon.serve(folder, &path).await,
@@ -203,12 +204,15 @@ struct Daemon {
     loopback: LoopbackListeners,
     masquerade: Vec<IpAddr>,
     interfaces: Vec<IpAddr>,
+    /// The [`RoutingTable::host_version`] that the host is set up for.
+    planned: Option<u64>,
 }
 
 impl Daemon {
     async fn set_up_host(&mut self) -> Result<()> {
-        let plan = Plan::new(&self.state.shared.table(), &self.state.config, &self.masquerade);
-        let changes = self.host.apply(plan).await?;
+        let table = self.state.shared.table();
+        let changes = self.host.apply(Plan::new(&table, &self.state.config, &self.masquerade)).await?;
+        self.planned = Some(table.host_version());
         tracing::info!(changes = changes.len(), "host is set up");
         Ok(())
     }
@@ -279,10 +283,14 @@ impl Daemon {
     /// Brings the host's routes to a new table.
     async fn follow(&mut self, table: Option<Arc<RoutingTable>>) -> Result<()> {
         let Some(table) = table else { return Ok(()) };
+        if self.planned == Some(table.host_version()) {
+            return Ok(());
+        }
         let plan = Plan::new(&table, &self.state.config, &self.masquerade);
         if plan != *self.host.plan() {
             self.host.apply(plan).await?;
         }
+        self.planned = Some(table.host_version());
         Ok(())
     }
 

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ahash::AHashSet;
 use sluice_dataplane::table::{Deadline, NodeSpec, RoutingTable, ServiceName, ServiceSpec, Slots, TableBuilder};
 
 use crate::address;
@@ -44,6 +45,7 @@ impl Publisher {
             service_proxy_name: config.service_proxy_name.clone(),
             balancing: config.balancing,
             service_cidrs: Vec::new(),
+            node_port_addresses: Vec::new(),
             node_port_range: config.node_port_range,
             fill_in_defaults: config.local_controllers,
         };
@@ -193,10 +195,17 @@ impl Publisher {
     /// Endpoints that are frontends of ours. They get no flows.
     fn loops(&self) -> Vec<Problem> {
         let table = self.builder.current();
+        // Of a quarter of a million endpoints next to none is worth the lookups in the table.
+        let mut suspects: AHashSet<IpAddr> = table.node().spec().node_port_addresses.iter().copied().collect();
+        for port in self.builder.services().flat_map(|spec| &spec.ports) {
+            suspects.insert(port.cluster_ip);
+            suspects.extend(port.load_balancer_ips.iter().chain(&port.external_ips));
+        }
         let mut problems = Vec::new();
         for spec in self.builder.services() {
             for port in &spec.ports {
                 let endpoints = port.cluster.addresses.iter().chain(&port.local.addresses);
+                let endpoints = endpoints.filter(|endpoint| suspects.contains(&endpoint.ip()));
                 for endpoint in endpoints.filter(|endpoint| table.leads_back(**endpoint, port.protocol)) {
                     let service = table.frontend(endpoint.ip(), *endpoint, port.protocol).map(|it| &it.port.service);
                     let whose = service.map_or("a ClusterIP".to_owned(), |it| format!("a frontend of Service {it}"));
@@ -271,6 +280,7 @@ impl Publisher {
         self.node = NodeFacts::new(&name, node, &self.interfaces);
         let spec = self.node_spec();
         self.rules.service_cidrs.clone_from(&spec.service_cidrs);
+        self.rules.node_port_addresses.clone_from(&spec.node_port_addresses);
         self.builder.set_node(spec);
     }
 

@@ -143,6 +143,32 @@ impl Cluster {
         Ok(())
     }
 
+    /// Where the daemon keeps its state.
+    #[must_use]
+    pub fn state_dir(&self) -> PathBuf {
+        self.folder.path().join("state")
+    }
+
+    /// Starts another daemon beside the one that runs, which is to end by itself. Returns its exit code.
+    pub fn take_over(&mut self) -> Result<Option<i32>> {
+        let mut old = self.daemon.take().context("no daemon runs")?;
+        self.daemon = Some(self.spawn()?);
+        let deadline = Instant::now() + SOON;
+        let status = loop {
+            if let Some(status) = old.try_wait()? {
+                break status;
+            }
+            if Instant::now() > deadline {
+                let _ = old.kill();
+                let _ = old.wait();
+                bail!("the old daemon does not end\n{}", self.log());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        self.wait_until_served()?;
+        Ok(status.code())
+    }
+
     /// Ends the daemon with this signal and returns its exit code.
     pub fn stop(&mut self, signal: Signal) -> Result<Option<i32>> {
         let mut daemon = self.daemon.take().context("no daemon runs")?;

@@ -4,6 +4,7 @@ pub mod cluster;
 pub mod http;
 pub mod lab;
 pub mod manifests;
+pub mod naive;
 pub mod probe;
 pub mod sctp;
 

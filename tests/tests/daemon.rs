@@ -3,7 +3,7 @@
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use sluice_bench::client::{Target, ask};
+use sluice_bench::client::{self, Target, ask};
 use sluice_tests::can_run_in_namespaces;
 use sluice_tests::cluster::{Cluster, SOON};
 
@@ -49,18 +49,35 @@ fn masked(state: &str) -> String {
 }
 
 #[test]
-fn a_second_daemon_is_refused() {
+fn a_second_daemon_is_refused_unless_it_takes_over() {
     if !can_run_in_namespaces("two daemons") {
         return;
     }
-    let cluster = Cluster::with_web(1).unwrap();
-    for state in ["state", "other-state"] {
-        let output = cluster.run_command(state).args(["--admin", "127.0.0.1:10399"]).output().unwrap();
-        let error = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(3), "{state}: {error}");
-        assert!(error.contains("another"), "{error}");
-    }
+    let mut cluster = Cluster::with_web(1).unwrap();
+    let output = cluster.run_command("other-state").args(["--admin", "127.0.0.1:10399"]).output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{error}");
+    assert!(error.contains("another"), "{error}");
     assert!(answers(&cluster), "the first one is untouched");
+
+    // The state directory of one namespace is nothing to a daemon of another.
+    let elsewhere = Cluster::new().unwrap();
+    let mut command = elsewhere.topology.node.command(sluice_tests::sluice_binary());
+    command.arg("run").arg("--manifests").arg(elsewhere.manifests()).arg("--state-dir").arg(cluster.state_dir());
+    let output = command.output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{error}");
+    assert!(error.contains("another"), "{error}");
+
+    // With the same state directory the newer one takes over, and its connections go on.
+    let connect = || client::Connection::open(cluster.web(true)[0], SOON).map_err(|failure| anyhow::anyhow!("{failure}"));
+    let mut connection = cluster.topology.client.run(connect).unwrap();
+    assert_eq!(connection.get("/").unwrap(), "web-1");
+    let old = cluster.take_over().unwrap();
+    assert_eq!(old, Some(0), "the old one ends by itself\n{}", cluster.log());
+    assert_eq!(connection.get("/").unwrap(), "web-1");
+    assert!(answers(&cluster));
+    assert_eq!(cluster.stop(Signal::SIGTERM).unwrap(), Some(0), "{}", cluster.log());
 }
 
 #[test]

@@ -29,7 +29,7 @@ pub(super) struct Candidate<'s> {
     pub(super) local: bool,
     pub(super) endpoint: &'s Endpoint,
     index: usize,
-    /// Its address is also one of the Service's frontends, or of the node: with the wrong port it is a loop.
+    /// Its address is also one of the Service's frontends, or has node ports: with the wrong port it is a loop.
     may_loop: bool,
 }
 
@@ -74,15 +74,16 @@ pub(super) struct OwnFrontends<'o> {
     /// Load-balancer and external addresses of the family.
     pub(super) addresses: Vec<IpAddr>,
     pub(super) ports: &'o [ServicePort<'o>],
+    pub(super) node_port_addresses: &'o [IpAddr],
 }
 
 impl OwnFrontends<'_> {
-    fn contains(&self, endpoint: SocketAddr, wanted: Protocol, node: &NodeFacts) -> bool {
+    fn contains(&self, endpoint: SocketAddr, wanted: Protocol) -> bool {
         let mut ports = self.ports.iter().filter(|port| port.protocol == wanted);
         if self.addresses.contains(&endpoint.ip()) && ports.clone().any(|port| port.number == endpoint.port()) {
             return true;
         }
-        node.addresses.contains(&endpoint.ip()) && ports.any(|port| port.node_port == Some(endpoint.port()))
+        self.node_port_addresses.contains(&endpoint.ip()) && ports.any(|port| port.node_port == Some(endpoint.port()))
     }
 }
 
@@ -152,7 +153,8 @@ impl<'s> Candidates<'s> {
                     local: endpoint.node_name.as_deref() == Some(node.name.as_str()),
                     endpoint,
                     index,
-                    may_loop: own.addresses.contains(&address) || (has_node_port && node.addresses.contains(&address)),
+                    may_loop: own.addresses.contains(&address)
+                        || (has_node_port && own.node_port_addresses.contains(&address)),
                 });
             }
             Slice { slice, ports: slice_ports(slice, rules, problems), candidates }
@@ -175,7 +177,6 @@ impl<'s> Candidates<'s> {
         name: &str,
         wanted: Protocol,
         own: &OwnFrontends<'_>,
-        node: &NodeFacts,
         problems: &mut Problems<'_>,
     ) -> Vec<Merged<'_, 's>> {
         let joins = |(port, protocol, _): &&(&str, Protocol, u16)| *port == name && *protocol == wanted;
@@ -187,7 +188,7 @@ impl<'s> Candidates<'s> {
                 ports.iter().filter(joins).flat_map(|port| candidates.iter().map(move |candidate| (candidate, port)))
             {
                 let address = SocketAddr::new(candidate.address, *number);
-                if candidate.may_loop && own.contains(address, wanted, node) {
+                if candidate.may_loop && own.contains(address, wanted) {
                     let field = format!("endpoints[{}].addresses[0]", candidate.index);
                     problems.slice_error(slice, field, format!("{address} is a frontend of the same Service: a loop"));
                     continue;
@@ -200,10 +201,14 @@ impl<'s> Candidates<'s> {
                     }
                     std::collections::hash_map::Entry::Occupied(entry) => {
                         let first = &mut merged[*entry.get()];
-                        report_difference(first, &next, problems);
-                        // A terminating Pod's address may be another Pod's by now: the one that lives counts.
-                        if first.of.terminating && !candidate.terminating {
+                        // A terminating Pod's address may be another Pod's by now: the one that lives counts. Of two
+                        // that live, the older slice's does, and in one slice the last.
+                        let in_one_slice = std::ptr::eq(first.slice, *slice);
+                        if !candidate.terminating && (first.of.terminating || in_one_slice) {
+                            report_difference(&next, first, problems);
                             *first = next;
+                        } else {
+                            report_difference(first, &next, problems);
                         }
                     }
                 }
@@ -213,21 +218,22 @@ impl<'s> Candidates<'s> {
     }
 }
 
-/// Whether two entries for one endpoint say the same; a terminating one beside a live one is an ordinary sight.
-fn report_difference(first: &Merged<'_, '_>, second: &Merged<'_, '_>, problems: &mut Problems<'_>) {
-    let (one, other) = (first.of, second.of);
+/// Reports an entry that says of an endpoint what another, which counts, does not; a terminating one beside a live one is an
+/// ordinary sight.
+fn report_difference(counts: &Merged<'_, '_>, hidden: &Merged<'_, '_>, problems: &mut Problems<'_>) {
+    let (one, other) = (counts.of, hidden.of);
     let facts = |it: &Candidate<'_>| (it.ready, it.serving, it.terminating, it.local);
     if one.terminating != other.terminating
         || (facts(one) == facts(other) && one.endpoint.hints == other.endpoint.hints)
     {
         return;
     }
-    let field = format!("endpoints[{}]", second.of.index);
-    let place = format!("{}, endpoints[{}]", first.slice.metadata.name.as_deref().unwrap_or_default(), one.index);
+    let field = format!("endpoints[{}]", other.index);
+    let place = format!("{}, endpoints[{}]", counts.slice.metadata.name.as_deref().unwrap_or_default(), one.index);
     problems.slice_warning(
-        second.slice,
+        hidden.slice,
         field,
-        format!("{} is described differently by {place}, which counts", second.address),
+        format!("{} is described differently by {place}, which counts", hidden.address),
     );
 }
 

@@ -104,7 +104,8 @@ pub(super) fn ports<'s>(spec: &'s ServiceSpec, rules: &Rules, problems: &mut Pro
             problems.error(field("port"), format!("{} is no port: use 1 to 65535", port.port));
             continue;
         };
-        if !names.insert((name, protocol)) {
+        // A port that is left out takes neither from a later one.
+        if names.contains(&(name, protocol)) {
             problems.error(field("name"), format!("{name:?} ({protocol}) is the name of an earlier port"));
             continue;
         }
@@ -112,6 +113,7 @@ pub(super) fn ports<'s>(spec: &'s ServiceSpec, rules: &Rules, problems: &mut Pro
             problems.error(field("port"), format!("{number} ({protocol}) is the number of an earlier port"));
             continue;
         }
+        names.insert((name, protocol));
         let node_port = node_ports.take(port.node_port, protocol, || field("nodePort"), problems);
         ports.push(ServicePort { name, protocol, number, node_port });
     }
@@ -217,7 +219,7 @@ mod tests {
         let ports = json!([
             {"name": "a", "port": 80}, {"name": "b", "port": 0}, {"name": "c", "port": 65536}, {"name": "d", "port": -1},
             {"name": "e", "port": 81, "protocol": "tcp"}, {"name": "a", "port": 82}, {"name": "g", "port": 80},
-            {"name": "a", "port": 80, "protocol": "UDP"}, {"name": "i", "port": 83, "protocol": "SCTP"},
+            {"name": "a", "port": 80, "protocol": "UDP"}, {"name": "i", "port": 83, "protocol": "SCTP"}, {"name": "g", "port": 84},
         ]);
         let found = resolved(&service(json!({"ports": ports})), &[]);
         let bad = ["[1].port", "[2].port", "[3].port", "[4].protocol", "[5].name", "[6].port"];
@@ -225,7 +227,7 @@ mod tests {
         let spec = found.spec.unwrap();
         let served: Vec<_> =
             spec.ports.iter().map(|port| format!("{} {} {}", port.name, port.number, port.protocol)).collect();
-        assert_eq!(served, ["a 80 TCP", "a 80 UDP", "i 83 SCTP"]);
+        assert_eq!(served, ["a 80 TCP", "a 80 UDP", "i 83 SCTP", "g 84 TCP"]);
         assert_eq!(fields(&resolved(&service(json!({"ports": []})), &[])), ["Service ns/web: spec.ports"]);
     }
 

@@ -42,6 +42,8 @@ pub struct Rules {
     pub drain_timeout: DrainTimeout,
     /// All Service ranges in force. No endpoint may be inside: it would be a Service that stands for a Service.
     pub service_cidrs: Vec<IpNet>,
+    /// Addresses on which node ports answer. An endpoint there, at a node port of its Service, would be a loop.
+    pub node_port_addresses: Vec<IpAddr>,
     /// Node ports outside are not caught by the packet path.
     pub node_port_range: PortRange,
     /// Objects are as people write them: where the API server would fill in a default, so do the rules.
@@ -104,11 +106,12 @@ pub fn resolve<'s>(
             cluster_ip,
             addresses: vips.iter().chain(&external_ips).copied().collect(),
             ports: &service_ports,
+            node_port_addresses: &rules.node_port_addresses,
         };
         let candidates = endpoints::Candidates::new(&slices, family, node, rules, &own, &mut problems);
         local_ready[family as usize] = candidates.local_ready();
         for port in &service_ports {
-            let endpoints = candidates.of_port(port.name, port.protocol, &own, node, &mut problems);
+            let endpoints = candidates.of_port(port.name, port.protocol, &own, &mut problems);
             let reaches_outside = port.node_port.is_some() || !vips.is_empty() || !external_ips.is_empty();
             let lists = policies.lists(&endpoints, node, reaches_outside);
             ports.push(PortSpec {

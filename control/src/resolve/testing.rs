@@ -28,6 +28,7 @@ pub(super) fn rules() -> Rules {
         service_proxy_name: String::new(),
         balancing: Balancing::LeastConnections,
         service_cidrs: vec!["10.96.0.0/16".parse().unwrap()],
+        node_port_addresses: node().addresses,
         node_port_range: PortRange::new(30000, 32767),
         fill_in_defaults: false,
     }

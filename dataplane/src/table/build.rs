@@ -68,6 +68,7 @@ impl TableBuilder {
     pub fn set_node(&mut self, node: NodeSpec) {
         if *self.table.node.spec() != node {
             self.table.node = Arc::new(Node::new(node));
+            self.table.host_version += 1;
         }
     }
 
@@ -124,8 +125,10 @@ impl TableBuilder {
                 self.slots.enter(*slot);
             }
         }
+        let mut had = Vec::new();
         if let Some(old) = old {
             self.withdraw(&old, Some(&spec));
+            had = old.frontends;
         }
         let mut frontends = Vec::new();
         for (port, built) in spec.ports.iter().zip(ports) {
@@ -135,6 +138,9 @@ impl TableBuilder {
                 frontends.push(key);
             }
         }
+        if !self.outside(&had).eq(self.outside(&frontends)) {
+            self.table.host_version += 1;
+        }
         self.services.insert(spec.name.clone(), Owned { spec, frontends, listed });
         true
     }
@@ -143,6 +149,9 @@ impl TableBuilder {
     pub fn remove(&mut self, name: &ServiceName) -> bool {
         let Some(old) = self.services.remove(name) else { return false };
         self.withdraw(&old, None);
+        if self.outside(&old.frontends).next().is_some() {
+            self.table.host_version += 1;
+        }
         true
     }
 
@@ -261,6 +270,12 @@ impl TableBuilder {
                 self.slots.leave(EndpointSlot(slot));
             }
         }
+    }
+
+    /// Frontends on addresses outside the Service ranges.
+    fn outside<'k>(&self, keys: &'k [FrontendKey]) -> impl Iterator<Item = &'k FrontendKey> {
+        let node = Arc::clone(&self.table.node);
+        keys.iter().filter(move |key| matches!(key, FrontendKey::Address(ip, ..) if !node.in_service_range(*ip)))
     }
 
     fn claim(&mut self, seniority: &Seniority, frontend: Arc<Frontend>) {

@@ -215,6 +215,7 @@ pub struct RoutingTable {
     /// ClusterIPs with the number of their frontends, to refuse what is no port of theirs.
     cluster_ips: imbl::GenericHashMap<IpAddr, u32, ahash::RandomState, imbl::shared_ptr::DefaultSharedPtr>,
     node: Arc<Node>,
+    host_version: u64,
 }
 
 impl RoutingTable {
@@ -226,6 +227,12 @@ impl RoutingTable {
     /// What the table knows of the node.
     pub fn node(&self) -> &Node {
         &self.node
+    }
+
+    /// Grows when addresses of frontends outside the Service ranges, or facts of the node, change: what the host must send
+    /// our way depends on nothing else, so that most tables need no look at all frontends.
+    pub fn host_version(&self) -> u64 {
+        self.host_version
     }
 
     /// The frontend that answers `client` at this destination; an exact address beats a node port.

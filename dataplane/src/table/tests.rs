@@ -120,3 +120,33 @@ fn a_reused_address_is_another_endpoint() {
     assert!(matches!(slots.life(second), Some(Life::Left { .. })));
     assert_eq!(set(2, Condition::Ready), second, "it came back in time");
 }
+
+#[test]
+fn the_host_is_asked_only_for_what_is_outside_the_service_ranges() {
+    let mut builder = TableBuilder::new(Arc::new(Slots::new(1)));
+    builder.set_node(NodeSpec { service_cidrs: vec!["10.96.0.0/16".parse().unwrap()], ..NodeSpec::default() });
+    let mut version = builder.build().host_version();
+    let mut changes = |builder: &mut TableBuilder| {
+        let before = std::mem::replace(&mut version, builder.build().host_version());
+        before != version
+    };
+    let external = |endpoints: &[&str]| {
+        let mut spec = spec("a", 1, "10.96.0.1", endpoints);
+        spec.ports[0].external_ips = vec!["198.51.100.1".parse().unwrap()];
+        spec
+    };
+    builder.set(spec("a", 1, "10.96.0.1", &["10.0.0.1:80"]));
+    assert!(!changes(&mut builder), "a ClusterIP in the range");
+    builder.set(external(&["10.0.0.1:80"]));
+    assert!(changes(&mut builder), "an external address comes");
+    builder.set(external(&["10.0.0.2:80"]));
+    assert!(!changes(&mut builder), "another endpoint");
+    builder.set(spec("a", 1, "172.30.0.1", &[]));
+    assert!(changes(&mut builder), "another address");
+    builder.set_node(NodeSpec { service_cidrs: vec!["172.30.0.0/16".parse().unwrap()], ..NodeSpec::default() });
+    assert!(changes(&mut builder), "another range");
+    builder.remove(&ServiceName::new("ns", "a"));
+    assert!(!changes(&mut builder), "nothing outside is gone");
+    builder.set(external(&[]));
+    assert!(changes(&mut builder) && builder.remove(&ServiceName::new("ns", "a")) && changes(&mut builder));
+}
