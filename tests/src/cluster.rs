@@ -130,8 +130,17 @@ impl Cluster {
 
     /// Starts the daemon and waits until it serves.
     pub fn start(&mut self) -> Result<()> {
-        let log = fs::File::create(self.folder.path().join("daemon.log"))?;
-        self.daemon = Some(self.run_command("state").stderr(log).stdout(Stdio::null()).spawn()?);
+        self.daemon = Some(self.spawn()?);
+        self.wait_until_served()
+    }
+
+    /// The daemon of the state directory `state`; the log goes on from that of the last one.
+    fn spawn(&self) -> Result<Child> {
+        let log = fs::OpenOptions::new().create(true).append(true).open(self.folder.path().join("daemon.log"))?;
+        Ok(self.run_command("state").stderr(log).stdout(Stdio::null()).spawn()?)
+    }
+
+    fn wait_until_served(&mut self) -> Result<()> {
         let deadline = Instant::now() + SOON;
         while self.generation().is_err() {
             if let Some(status) = self.daemon.as_mut().and_then(|daemon| daemon.try_wait().transpose()) {

@@ -70,7 +70,8 @@ fn a_second_daemon_is_refused_unless_it_takes_over() {
     assert!(error.contains("another"), "{error}");
 
     // With the same state directory the newer one takes over, and its connections go on.
-    let connect = || client::Connection::open(cluster.web(true)[0], SOON).map_err(|failure| anyhow::anyhow!("{failure}"));
+    let connect =
+        || client::Connection::open(cluster.web(true)[0], SOON).map_err(|failure| anyhow::anyhow!("{failure}"));
     let mut connection = cluster.topology.client.run(connect).unwrap();
     assert_eq!(connection.get("/").unwrap(), "web-1");
     let old = cluster.take_over().unwrap();
