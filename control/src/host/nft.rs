@@ -124,6 +124,8 @@ fn ruleset(plan: &Plan, noted: &Noted) -> String {
     if plan.services.iter().any(is_host) {
         chains.arriving.push(format!("fib daddr oifname \"{LINK}\" notrack accept"));
         chains.leaving.push(format!("fib saddr oifname \"{LINK}\" notrack accept"));
+        // Passed on as it came: no Service has the port. Its replies need not come to us.
+        chains.leaving.push(format!("fib daddr oifname \"{LINK}\" notrack accept"));
     }
     let remember = format!("ct direction original ct mark set ct mark and {rest} or {ours}");
     let bring_back =
