@@ -1,6 +1,7 @@
 //! The annotations of ours that a Service may have.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use sluice_dataplane::net::Protocol;
 use sluice_dataplane::table::{Balancing, DrainTimeout};
 
 use super::problems::Problems;
@@ -13,18 +14,25 @@ const DRAIN_TIMEOUT: &str = "sluice.dev/drain-timeout";
 /// Names the algorithm of endpoint selection.
 const LOAD_BALANCER: &str = "sluice.dev/load-balancer";
 
-/// The Service's own endpoint selection, or `default`.
-pub(super) fn balancing(metadata: &ObjectMeta, default: Balancing, problems: &mut Problems<'_>) -> Balancing {
-    let Some(name) = value(metadata, LOAD_BALANCER) else { return default };
-    match name {
-        "least-connections" => Balancing::LeastConnections,
-        "round-robin" => Balancing::RoundRobin,
-        "random" => Balancing::Random,
+/// The Service's own endpoint selection, when it chooses one.
+pub(super) fn balancing(metadata: &ObjectMeta, problems: &mut Problems<'_>) -> Option<Balancing> {
+    match value(metadata, LOAD_BALANCER)? {
+        "least-connections" => Some(Balancing::LeastConnections),
+        "round-robin" => Some(Balancing::RoundRobin),
+        "random" => Some(Balancing::Random),
         other => {
             let message = format!("{other:?} is not known: use least-connections, round-robin or random");
             problems.error(format!("metadata.annotations[{LOAD_BALANCER}]"), message);
-            default
+            None
         }
+    }
+}
+
+/// The default for a protocol. Nobody sees a UDP conversation end: how many an endpoint has says nothing of its load.
+pub(super) fn default_balancing(default: Balancing, protocol: Protocol) -> Balancing {
+    match (default, protocol) {
+        (Balancing::LeastConnections, Protocol::Udp) => Balancing::Random,
+        (default, Protocol::Tcp | Protocol::Udp | Protocol::Sctp) => default,
     }
 }
 
@@ -103,6 +111,18 @@ mod tests {
             let port = &found.spec.unwrap().ports[0];
             assert_eq!(port.retry, retry, "{name}: {value}");
             assert_eq!(port.drain_timeout, DrainTimeout::After(Duration::from_secs(drain)), "{name}: {value}");
+        }
+    }
+
+    #[test]
+    fn conversations_are_not_counted_unless_asked_for() {
+        for (default, protocol, balancing) in [
+            (LeastConnections, Protocol::Tcp, LeastConnections),
+            (LeastConnections, Protocol::Sctp, LeastConnections),
+            (LeastConnections, Protocol::Udp, Random),
+            (RoundRobin, Protocol::Udp, RoundRobin),
+        ] {
+            assert_eq!(super::default_balancing(default, protocol), balancing, "{default:?} {protocol}");
         }
     }
 }

@@ -88,7 +88,7 @@ pub fn resolve<'s>(
     let source_ranges = load_balancer::source_ranges(spec, &mut problems);
     let policies = traffic_policy::Policies::new(spec, &mut problems);
     let affinity = affinity::timeout(spec, &mut problems);
-    let balancing = annotations::balancing(&service.metadata, rules.balancing, &mut problems);
+    let balancing = annotations::balancing(&service.metadata, &mut problems);
     let retry = annotations::retry(&service.metadata, rules.retry, &mut problems);
     let drain_timeout = annotations::drain_timeout(&service.metadata, rules.drain_timeout, &mut problems);
     let slices = endpoints::in_force(slices);
@@ -128,7 +128,7 @@ pub fn resolve<'s>(
                 internal_policy: policies.internal,
                 external_policy: policies.external,
                 affinity,
-                balancing,
+                balancing: balancing.unwrap_or_else(|| annotations::default_balancing(rules.balancing, port.protocol)),
                 cluster: lists.cluster,
                 local: lists.local,
                 has_any_endpoint: lists.has_any,

@@ -9,8 +9,10 @@ use super::State;
 use super::record::{FlowFields, Source};
 use super::table::{FlowTable, Full, Hit, Writer};
 
-/// Ports looked at for a free one once that of a finished flow is at hand.
-const PORT_SEARCH: u32 = 8;
+/// Ports looked at for a free one, once that of a flow that finished long enough ago is at hand.
+const PORT_SEARCH: u32 = 16;
+/// Milliseconds after which nothing of a finished flow is under way any more, as a rule.
+const PORT_REST_MS: u32 = 1_000;
 /// Records looked at for a victim when the table is full.
 const VICTIM_SEARCH: usize = 64;
 /// Unanswered opens idle for this many milliseconds may be pushed out of a full table.
@@ -56,27 +58,37 @@ impl FlowTable {
     }
 
     /// A free port of the reserved range towards the endpoint, in turn, so that a port rests as long as possible before
-    /// it is used again; when those next in turn are all taken, that of the flow that finished first.
-    pub(super) fn choose_port(&self, writer: &mut Writer, fields: FlowFields, address: u8) -> Result<Source, Full> {
+    /// it is used again; when those next in turn are all taken, that of the flow that finished longest ago.
+    pub(super) fn choose_port(
+        &self,
+        writer: &mut Writer,
+        fields: FlowFields,
+        address: u8,
+        now_ms: u32,
+    ) -> Result<Source, Full> {
         let (first, last) = (u32::from(*self.ports.start()), u32::from(*self.ports.end()));
         let count = last - first + 1;
-        let (mut closing, mut looks) = (None, 0);
+        // Several Service ports may have this endpoint, each with a turn of its own: they begin apart.
+        let begin = fields.endpoint_slot.0.wrapping_mul(0x9e37_79b9);
+        let (mut finished, mut looks): (Option<(Source, Hit, u32)>, _) = (None, 0);
         for _ in 0..count {
-            if closing.is_some() && looks == PORT_SEARCH {
+            if looks >= PORT_SEARCH && finished.as_ref().is_some_and(|(.., idle)| *idle >= PORT_REST_MS) {
                 break;
             }
-            looks += 1;
-            let turn = self.slots.next_source_port(fields.endpoint_slot) % count;
+            let turn = self.slots.next_source_port(fields.endpoint_slot).wrapping_add(begin) % count;
             let source = Source::Masqueraded { address, port: (first + turn) as u16 };
-            match self.probe(&FlowFields { source, ..fields }.reply(self.masquerade())) {
-                None => return Ok(source),
-                Some(other) if closing.is_none() && other.state().is_finished() => {
-                    (closing, looks) = (Some((source, other)), 0);
-                }
-                Some(_) => {}
+            let Some(other) = self.probe(&FlowFields { source, ..fields }.reply(self.masquerade())) else {
+                return Ok(source);
+            };
+            looks += 1;
+            let idle = self.records[other.record as usize].idle_ms(now_ms);
+            // Stamped after `now_ms` was read: not idle at all.
+            let idle = if idle > u32::MAX / 2 { 0 } else { idle };
+            if other.state().is_finished() && finished.as_ref().is_none_or(|(.., longest)| idle > *longest) {
+                finished = Some((source, other, idle));
             }
         }
-        let (source, other) = closing.ok_or(Full::Ports)?;
+        let (source, other, _) = finished.ok_or(Full::Ports)?;
         self.end(writer, &other);
         Ok(source)
     }

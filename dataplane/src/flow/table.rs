@@ -225,7 +225,7 @@ impl FlowTable {
             opened: (now_ms / 1000) as u32,
         };
         if let SourceChoice::Masquerade(address) = source {
-            fields.source = self.choose_port(&mut writer, fields, address)?;
+            fields.source = self.choose_port(&mut writer, fields, address, now_ms as u32)?;
         } else if let Some(other) = self.probe(&fields.reply(&self.masquerade)) {
             if !other.state().is_finished() {
                 return Err(Full::Collision);
