@@ -19,6 +19,7 @@ use crate::config::Config;
 use crate::health_check::HealthServers;
 use crate::host::lock::Lock;
 use crate::host::{Host, LINK, Lacking, Plan, nft, sysctl};
+use crate::loopback::LoopbackListeners;
 use crate::node::NodeFacts;
 use crate::problem::Problem;
 use crate::publish::Publisher;
@@ -137,8 +138,14 @@ pub async fn run(config: Config, manifests: &Path) -> Result<()> {
     let _ = state.apply(first);
     state.report();
     let path = PacketPath::start(tun, Arc::clone(&shared)).context("cannot start the packet threads")?;
-    let mut daemon =
-        Daemon { state, host, health: HealthServers::default(), masquerade: settings.masquerade_addresses, interfaces };
+    let mut daemon = Daemon {
+        state,
+        host,
+        health: HealthServers::default(),
+        loopback: LoopbackListeners::default(),
+        masquerade: settings.masquerade_addresses,
+        interfaces,
+    };
     let served = match daemon.set_up_host().await {
         Ok(()) => daemon.serve(folder, &path).await,
         Err(error) => Err(error),
@@ -213,6 +220,7 @@ struct Daemon {
     state: Arc<State>,
     host: Host,
     health: HealthServers,
+    loopback: LoopbackListeners,
     masquerade: Vec<IpAddr>,
     interfaces: Vec<IpAddr>,
 }
@@ -268,12 +276,14 @@ impl Daemon {
         let state = Arc::clone(&self.state);
         let table = tokio::task::spawn_blocking(move || state.apply(update)).await?;
         self.follow(table).await?;
-        self.serve_health_checks().await;
+        self.serve_ports().await;
         Ok(())
     }
 
-    async fn serve_health_checks(&mut self) {
+    /// Ports that are no part of the packet path: health checks, and node ports on `::1`.
+    async fn serve_ports(&mut self) {
         let table = self.state.shared.table();
+        self.loopback.apply(&self.state, &table).await;
         let mut addresses = table.node().spec().node_port_addresses.clone();
         addresses.retain(|address| self.interfaces.contains(address));
         let wanted = self.state.publisher().health_checks().clone();
@@ -307,7 +317,7 @@ impl Daemon {
             tracing::warn!(what, "put right what somebody else changed");
             admin::metrics::host_repaired(&what);
         }
-        self.serve_health_checks().await;
+        self.serve_ports().await;
         self.state.publisher().release_idle();
         Ok(())
     }

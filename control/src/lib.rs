@@ -13,6 +13,7 @@ pub mod demo;
 pub mod health_check;
 pub mod host;
 pub mod local;
+pub mod loopback;
 pub mod node;
 pub mod object;
 pub mod problem;

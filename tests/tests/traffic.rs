@@ -53,7 +53,7 @@ fn a_pod_keeps_its_address_unless_it_reaches_itself() {
             let mut connection = cluster.pods[0]
                 .pod
                 .ns
-                .run(|| Ok(Connection::open(cluster.web(v4)[0], SOON).map_err(|failure| anyhow::anyhow!("{failure}"))?))
+                .run(|| Connection::open(cluster.web(v4)[0], SOON).map_err(|failure| anyhow::anyhow!("{failure}")))
                 .unwrap();
             let (pod, client) = (connection.get("/").unwrap(), connection.get("/client").unwrap());
             let itself = pod == "web-1";

@@ -96,10 +96,7 @@ fn load(args: &Args) -> Result<Arc<RoutingTable>> {
     let mut config = args.config.as_deref().map_or_else(|| Ok(Config::default()), Config::read)?;
     config.node_name = args.node_name.clone().or(config.node_name);
     let manifests = args.manifests.as_deref().context("--manifests or --admin is needed")?;
-    manifests
-        .try_exists()
-        .and_then(|exists| if exists { Ok(()) } else { Err(std::io::ErrorKind::NotFound.into()) })
-        .with_context(|| format!("cannot read {}", manifests.display()))?;
+    std::fs::metadata(manifests).with_context(|| format!("cannot read {}", manifests.display()))?;
     let mut publisher = offline::load(config, manifests);
     for problem in publisher.problems() {
         eprintln!("{problem}");

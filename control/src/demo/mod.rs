@@ -169,7 +169,7 @@ fn read(manifests: Option<&Path>, progress: &Progress) -> Result<Plan> {
 }
 
 fn change_under_load(stage: &mut Stage<'_>, plan: &Plan, traffic: &Traffic, progress: &Progress) -> Result<()> {
-    progress.doing("steady");
+    progress.doing("nothing changes yet");
     stage.interrupt.sleep(STEADY)?;
     let (connections, errors) = traffic.counters().read();
     progress.done(&format!("{} connections, {} while nothing changes", grouped(connections), counted(errors, "error")));

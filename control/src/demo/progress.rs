@@ -92,7 +92,8 @@ impl Progress {
 
     /// A line.
     pub(super) fn line(&self, text: &str) {
-        self.live.suspend(|| println!("{text}"));
+        // Not being able to show a line is no reason to stop; the report at the end would fail the same way, and say so.
+        self.live.suspend(|| drop(crate::cli::print(&format!("{text}\n"))));
     }
 
     /// Shows the figures of a traffic behind what is being done, until [`Progress::finish`].

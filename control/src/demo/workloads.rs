@@ -97,8 +97,7 @@ pub(super) fn plan(objects: &[Object], skipped: &BTreeMap<String, u64>) -> Plan 
     }
     if plan.workloads.len() > MOST_WORKLOADS {
         plan.notes.push(format!(
-            "{} of {} workloads are played, the first {MOST_WORKLOADS}",
-            MOST_WORKLOADS,
+            "the first {MOST_WORKLOADS} of {} workloads are played; Services of the others are to refuse",
             plan.workloads.len()
         ));
         plan.workloads.truncate(MOST_WORKLOADS);
@@ -111,12 +110,12 @@ pub(super) fn plan(objects: &[Object], skipped: &BTreeMap<String, u64>) -> Plan 
         }
     }
     let bound = (MOST_PODS / plan.workloads.len().max(1)).clamp(1, MOST_REPLICAS);
+    let larger = plan.workloads.iter().filter(|workload| workload.wanted > bound).count();
+    if larger > 0 {
+        plan.notes.push(format!("at most {bound} replicas of a workload are played: {larger} would have more"));
+    }
     for workload in &mut plan.workloads {
         workload.replicas = workload.wanted.min(bound);
-        if workload.replicas < workload.wanted {
-            let Workload { name, replicas, wanted, .. } = &*workload;
-            plan.notes.push(format!("{name}: {replicas} of {wanted} replicas are played"));
-        }
         workload.open_ports(&plan.services);
         workload.decide_roll();
         if let Roll::Never(why) = workload.roll {

@@ -64,13 +64,13 @@ fn replicas_are_bounded_and_that_is_said() {
     let none = json!([]);
     let alone = planned(&[deployment("web", 50, "RollingUpdate", &none)]);
     assert_eq!(alone.workloads[0].replicas, MOST_REPLICAS);
-    assert_eq!(alone.notes, ["n/web: 4 of 50 replicas are played"]);
+    assert_eq!(alone.notes, ["at most 4 replicas of a workload are played: 1 would have more"]);
     let many: Vec<Object> =
         (0..80).map(|number| deployment(&format!("d{number}"), 3, "RollingUpdate", &none)).collect();
     let many = planned(&many);
     assert_eq!(many.workloads.len(), MOST_WORKLOADS);
     assert!(many.workloads.iter().all(|workload| workload.replicas == 1));
-    assert!(many.notes[0].contains("60 of 80 workloads"), "{:?}", many.notes);
+    assert!(many.notes[0].contains("first 60 of 80 workloads"), "{:?}", many.notes);
     assert_eq!(planned(&[deployment("web", 0, "RollingUpdate", &none)]).workloads[0].pod_names(1), [""; 0]);
 }
 
