@@ -62,14 +62,14 @@ fn mode_section(html: &mut String, mode: &ModeReport) {
 fn table(summary: &Summary) -> String {
     let each = if summary.is_bulk() { "MB" } else { "request" };
     let mut html = format!(
-        "<table><tr><th>peer<th>median<th>min – max<th>to direct<th>p50<th>p99<th>tool CPU a {each}<th>peer CPU<th>interrupts\
+        "<table><tr><th>peer<th>median<th>min – max<th>to direct<th>p50<th>p99<th>tool CPU a {each}<th>peer CPU<th>interrupts<th>all CPU (direct's part)\
          <th>errors"
     );
     for row in &summary.rows {
         let latency = |name: &str| row.latency_us.get(name).map_or("–".to_owned(), |us| micros(*us));
         let written = write!(
             html,
-            "<tr><td>{}<td>{}<td>{} – {}<td>{:.2} [{:.2} – {:.2}]<td>{}<td>{}<td>{:.1} µs<td>{:.1} µs<td>{:.1} µs<td>{}",
+            "<tr><td>{}<td>{}<td>{} – {}<td>{:.2} [{:.2} – {:.2}]<td>{}<td>{}<td>{:.1} µs<td>{:.1} µs<td>{:.1} µs<td>{:.1} µs ({:.2})<td>{}",
             row.peer,
             show(summary.cell, row.value.median),
             show(summary.cell, row.value.min),
@@ -82,6 +82,8 @@ fn table(summary: &Summary) -> String {
             row.tool_user_us + row.tool_system_us,
             row.peer_cpu_us,
             row.interrupt_cpu_us,
+            row.all_cpu_us,
+            summary.part_of_direct(row),
             row.failures.values().sum::<u64>()
         );
         written.expect("writing to a string cannot fail");

@@ -29,6 +29,12 @@ pub(super) struct Round {
     pub(super) others: f64,
 }
 
+impl Round {
+    fn all_cpu_us(&self) -> f64 {
+        self.tool_cpu.user_us + self.tool_cpu.system_us + self.peer_cpu_us + self.interrupt_cpu_us
+    }
+}
+
 /// One workload, round after round.
 pub(super) struct Table {
     pub(super) cell: Cell,
@@ -116,6 +122,7 @@ impl Table {
             tool_system_us: median(|round| round.tool_cpu.system_us)?,
             peer_cpu_us: median(|round| round.peer_cpu_us)?,
             interrupt_cpu_us: median(|round| round.interrupt_cpu_us)?,
+            all_cpu_us: median(Round::all_cpu_us)?,
             failures,
             series: rounds
                 .iter()
@@ -196,6 +203,8 @@ pub(super) struct Row {
     pub(super) tool_system_us: f64,
     pub(super) peer_cpu_us: f64,
     pub(super) interrupt_cpu_us: f64,
+    /// All of these: what a saturated machine spends on it.
+    pub(super) all_cpu_us: f64,
     pub(super) failures: BTreeMap<String, u64>,
     /// Rate ten times a second, a list for each round.
     pub(super) series: Vec<Vec<f64>>,
@@ -269,6 +278,7 @@ impl Summary {
             format!("CPU µs/{each}: tool"),
             "peer".to_owned(),
             "interrupts".to_owned(),
+            "all (direct's part)".to_owned(),
             "errors".to_owned(),
         ]);
         for row in &self.rows {
@@ -283,6 +293,7 @@ impl Summary {
                 format!("{:.1} + {:.1} sys", row.tool_user_us, row.tool_system_us),
                 if row.peer_cpu_us > 0.0 { format!("{:.1}", row.peer_cpu_us) } else { "-".to_owned() },
                 format!("{:.1}", row.interrupt_cpu_us),
+                format!("{:.1} ({:.2})", row.all_cpu_us, self.part_of_direct(row)),
                 row.failures.values().sum::<u64>().to_string(),
             ]);
         }
@@ -295,6 +306,13 @@ impl Summary {
                 println!("{}: {count} {kind}", row.peer);
             }
         }
+    }
+
+    /// What direct uses, to what a peer uses: the ratio of their rates on a saturated machine, and one that other programs
+    /// disturb less.
+    pub(super) fn part_of_direct(&self, row: &Row) -> f64 {
+        let direct = self.rows.iter().find(|row| row.peer == Peer::Direct);
+        direct.map_or(f64::NAN, |direct| direct.all_cpu_us / row.all_cpu_us)
     }
 
     pub(super) fn is_bulk(&self) -> bool {

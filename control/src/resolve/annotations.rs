@@ -67,6 +67,7 @@ mod tests {
     use std::time::Duration;
 
     use serde_json::json;
+    use sluice_dataplane::net::Protocol;
     use sluice_dataplane::table::Balancing::{LeastConnections, Random, RoundRobin};
     use sluice_dataplane::table::DrainTimeout;
 
