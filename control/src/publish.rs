@@ -14,7 +14,7 @@ use crate::health_check::HealthCheck;
 use crate::local::LocalControllers;
 use crate::node::NodeFacts;
 use crate::object::{SERVICE_NAME_LABEL, name_of, service_of};
-use crate::problem::Problem;
+use crate::problem::{Origin, Problem};
 use crate::resolve::{Rules, resolve};
 use crate::source::Update;
 use crate::store::{Store, Touched};
@@ -179,7 +179,9 @@ impl Publisher {
             origin.map_or(problem.clone(), |origin| problem.from(origin))
         }));
         problems.extend(self.loops());
-        problems.extend(self.store.slices_without_service().map(|slice| {
+        // The API's selectors leave out Services whose slices they let in: nobody's mistake.
+        let orphans = self.store.slices_without_service().filter(|slice| slice.origin != Origin::Api);
+        problems.extend(orphans.map(|slice| {
             let label = format!("metadata.labels[{SERVICE_NAME_LABEL}]");
             let (message, name) = match service_of(&slice.object) {
                 Some(service) => (format!("there is no Service {service}"), name_of(&slice.object.metadata)),
@@ -302,7 +304,6 @@ mod tests {
 
     use super::*;
     use crate::object::Object;
-    use crate::problem::Origin;
     use crate::source::Change;
 
     fn service(name: &str, ip: &str, spec: Value) -> Value {
