@@ -38,6 +38,7 @@ pub struct Cluster {
     folder: tempfile::TempDir,
     daemon: Option<Child>,
     arguments: Vec<String>,
+    kubeconfig: Option<PathBuf>,
 }
 
 impl Cluster {
@@ -47,7 +48,8 @@ impl Cluster {
         fs::create_dir(folder.path().join("manifests"))?;
         fs::write(folder.path().join("config.yaml"), "localControllers: false\n")?;
         let topology = Topology::new(TopologyConfig::default())?;
-        let cluster = Self { topology, pods: Vec::new(), folder, daemon: None, arguments: Vec::new() };
+        let cluster =
+            Self { topology, pods: Vec::new(), folder, daemon: None, arguments: Vec::new(), kubeconfig: None };
         let addresses: Vec<IpAddr> = cluster.topology.config.node.iter().map(ipnet::IpNet::addr).collect();
         cluster.write("node.json", &[manifests::node(&addresses)])?;
         Ok(cluster)
@@ -67,6 +69,11 @@ impl Cluster {
     /// Flags that every later start of the daemon gets too.
     pub fn arguments(&mut self, arguments: &[&str]) {
         self.arguments = arguments.iter().map(|text| (*text).to_owned()).collect();
+    }
+
+    /// Every later start of the daemon watches an API server instead of the folder.
+    pub fn watch_api(&mut self, kubeconfig: PathBuf) {
+        self.kubeconfig = Some(kubeconfig);
     }
 
     /// Writes the configuration file anew, for the next start.
@@ -121,7 +128,11 @@ impl Cluster {
     #[must_use]
     pub fn run_command(&self, state: &str) -> Command {
         let mut command = self.topology.node.command(sluice_binary());
-        command.arg("run").arg("--manifests").arg(self.manifests());
+        command.arg("run");
+        match &self.kubeconfig {
+            Some(kubeconfig) => command.arg("--kubeconfig").arg(kubeconfig),
+            None => command.arg("--manifests").arg(self.manifests()),
+        };
         command.arg("--config").arg(self.folder.path().join("config.yaml"));
         command.args(["--node-name", manifests::NODE, "--state-dir"]).arg(self.folder.path().join(state));
         command.args(&self.arguments);

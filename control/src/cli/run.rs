@@ -92,7 +92,9 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let access = args.from.access()?;
     // With an API server the controllers are the cluster's.
     config.local_controllers &= access.is_none();
-    let filter = EnvFilter::try_new(&args.log_level).with_context(|| format!("--log-level {:?}", args.log_level))?;
+    // The client logs every failed attempt; we say what it means.
+    let filter = EnvFilter::try_new(format!("kube_client=off,{}", args.log_level))
+        .with_context(|| format!("--log-level {:?}", args.log_level))?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match args.log_format {
         LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).with_target(false).init(),
