@@ -132,7 +132,8 @@ async fn source(config: &Config, access: Option<Access>, manifests: Option<PathB
     // A file that cannot be used is better said now than again and again later.
     access.client().await.map_err(|error| ConfigError::new("access to the API server", format!("{error:#}")))?;
     let (node_name, service_proxy_name) = (config.node_name(), config.service_proxy_name.clone());
-    Ok(Source::Api(api::Options { access, node_name, service_proxy_name, node_patience: api::NODE_PATIENCE }))
+    let (node_patience, silence) = (api::NODE_PATIENCE, api::SILENCE);
+    Ok(Source::Api(api::Options { access, node_name, service_proxy_name, node_patience, silence }))
 }
 
 /// What the daemon would serve, as `sluice check` says it, of the first update alone.

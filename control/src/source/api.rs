@@ -24,6 +24,8 @@ mod slim;
 
 /// How long the start waits for the own Node, as kube-proxy does.
 pub const NODE_PATIENCE: Duration = Duration::from_secs(300);
+/// A server sends a bookmark each minute.
+pub const SILENCE: Duration = Duration::from_secs(90);
 /// Events that may wait, of all resources.
 const QUEUE: usize = 1024;
 
@@ -38,6 +40,8 @@ pub struct Options {
     pub service_proxy_name: String,
     /// How long to wait for the own Node once everything else is there.
     pub node_patience: Duration,
+    /// After so long without a word of a watch, another connection goes on where it was.
+    pub silence: Duration,
 }
 
 /// Watches until nobody receives. The first update comes once everything is listed, and holds all there is.
@@ -104,7 +108,8 @@ fn queries(options: &Options) -> [Query; 4] {
         "" => format!("!{PROXY_NAME_LABEL}"),
         name => format!("{PROXY_NAME_LABEL}={name}"),
     };
-    let query = |kind, resource, labels, fields| Query { kind, resource, labels, fields };
+    let silence = options.silence;
+    let query = |kind, resource, labels, fields| Query { kind, resource, labels, fields, silence };
     [
         query(Kind::Service, "services", Some(format!("{not_headless},{ours}")), None),
         query(Kind::EndpointSlice, "endpointslices.discovery.k8s.io", Some(not_headless), None),
@@ -112,3 +117,6 @@ fn queries(options: &Options) -> [Query; 4] {
         query(Kind::ServiceCIDR, "servicecidrs.networking.k8s.io", None, None),
     ]
 }
+
+#[cfg(test)]
+mod tests;

@@ -19,8 +19,6 @@ use crate::object::{Kind, Object};
 const PAGE: u32 = 500;
 /// Most that a page, or the beginning of a watch, may take.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(60);
-/// A server sends a bookmark each minute. After so long without a word another connection goes on from the same version.
-const SILENCE: Duration = Duration::from_secs(90);
 /// A watch that lasted so long went well; one that ends sooner is not begun again at once.
 const SETTLED: Duration = Duration::from_secs(1);
 /// How long a server ends watches after, in seconds; at random, so that not all come back together.
@@ -40,6 +38,8 @@ pub(super) struct Query {
     pub(super) resource: &'static str,
     pub(super) labels: Option<String>,
     pub(super) fields: Option<String>,
+    /// After so long without a word of a watch, another connection goes on from the same version.
+    pub(super) silence: Duration,
 }
 
 /// Why a round ended, other than by a failure.
@@ -62,8 +62,8 @@ pub(super) async fn follow<K: Watched>(access: Access, query: Query, events: mps
         version: None,
         begun: None,
         failures: 0,
-        is_failing: false,
         logged: None,
+        is_logged: false,
     };
     let mut backoff = Backoff::default();
     loop {
@@ -100,8 +100,9 @@ struct Follower {
     /// When the watch of this round began.
     begun: Option<Instant>,
     failures: u32,
-    is_failing: bool,
     logged: Option<Instant>,
+    /// The log says that it fails.
+    is_logged: bool,
 }
 
 impl Follower {
@@ -171,7 +172,7 @@ impl Follower {
             return Ok(Ended::Unheard);
         }
         loop {
-            let Ok(next) = timeout(SILENCE, stream.next()).await else {
+            let Ok(next) = timeout(self.query.silence, stream.next()).await else {
                 tracing::debug!(resource = self.query.resource, "the watch is silent: another goes on");
                 // A connection of its own: the silent one may be dead.
                 self.client = None;
@@ -206,10 +207,9 @@ impl Follower {
     }
 
     fn recover(&mut self) {
-        if self.is_failing {
+        if std::mem::take(&mut self.is_logged) {
             tracing::info!(resource = self.query.resource, "the API server answers again");
         }
-        self.is_failing = false;
     }
 
     /// Draws what follows from a failure. Whether anybody listens.
@@ -234,12 +234,11 @@ impl Follower {
         }
         let words = failure.words(self.query.resource);
         if self.logged.is_none_or(|logged| logged.elapsed() >= LOG_INTERVAL) {
-            self.logged = Some(Instant::now());
+            (self.logged, self.is_logged) = (Some(Instant::now()), true);
             tracing::warn!("{words}");
         } else {
             tracing::debug!("{words}");
         }
-        self.is_failing = true;
         self.tell(What::Failed(failure, self.query.resource)).await
     }
 }
