@@ -1,5 +1,6 @@
 //! One node with Pods and an outside client in network namespaces, and the daemon under test on the node.
 
+use std::ffi::OsString;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
@@ -133,10 +134,18 @@ impl Cluster {
             Some(kubeconfig) => command.arg("--kubeconfig").arg(kubeconfig),
             None => command.arg("--manifests").arg(self.manifests()),
         };
-        command.arg("--config").arg(self.folder.path().join("config.yaml"));
-        command.args(["--node-name", manifests::NODE, "--state-dir"]).arg(self.folder.path().join(state));
-        command.args(&self.arguments);
+        command.args(self.common_arguments(state));
         command
+    }
+
+    /// Arguments of `sluice run` for this node, all but where objects come from.
+    #[must_use]
+    pub fn common_arguments(&self, state: &str) -> Vec<OsString> {
+        let path = |name| self.folder.path().join(name).into_os_string();
+        let mut arguments = vec!["--config".into(), path("config.yaml"), "--state-dir".into(), path(state)];
+        arguments.extend(["--node-name", manifests::NODE].map(OsString::from));
+        arguments.extend(self.arguments.iter().map(OsString::from));
+        arguments
     }
 
     /// Starts the daemon and waits until it serves.

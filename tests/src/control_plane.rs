@@ -82,6 +82,12 @@ impl ControlPlane {
         self.folder.path().join(format!("{user}.kubeconfig"))
     }
 
+    /// The certificate that tells the API server.
+    #[must_use]
+    pub fn certificate(&self) -> PathBuf {
+        self.folder.path().join("certificates/apiserver.crt")
+    }
+
     /// Creates an object; its status too, where it has one.
     pub fn create(&self, object: &Value) -> Result<()> {
         self.request("POST", &collection(object)?, Some(object))?;
@@ -116,8 +122,7 @@ impl ControlPlane {
     /// A request by an administrator; the answer.
     fn request(&self, method: &str, path: &str, body: Option<&Value>) -> Result<String> {
         let kind = if method == "PATCH" { "application/merge-patch+json" } else { "application/json" };
-        let certificate = self.folder.path().join("certificates/apiserver.crt");
-        let (certificate, kind) = (certificate.display().to_string(), format!("Content-Type: {kind}"));
+        let (certificate, kind) = (self.certificate().display().to_string(), format!("Content-Type: {kind}"));
         let url = format!("https://{}:6443{path}", self.address);
         let mut arguments = vec!["--cacert", &certificate, "--oauth2-bearer", "admin-token", "-H", &kind, "-X", method];
         let body = body.map(Value::to_string);

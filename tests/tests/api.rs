@@ -71,8 +71,42 @@ fn who_answers(cluster: &Cluster, host: u8) -> Option<String> {
     cluster.topology.client.run(|| Ok(ask(target, Duration::from_secs(2)).result.ok())).unwrap()
 }
 
+/// What a dry run prints in a Pod: with a service account's files, and a mount namespace to have them in.
+fn in_cluster(cluster: &Cluster, plane: &ControlPlane) -> String {
+    const SCRIPT: &str = "mount -t tmpfs tmpfs /run && cd /run && mkdir -p secrets/kubernetes.io/serviceaccount && \
+        cd secrets/kubernetes.io/serviceaccount && cp \"$0\" ca.crt && printf default >namespace && \
+        printf proxy-token >token && exec \"$@\"";
+    let mut command = cluster.topology.node.command("unshare");
+    command.args(["--mount", "sh", "-c", SCRIPT]).arg(plane.certificate());
+    command.arg(sluice_tests::sluice_binary()).args(["run", "--dry-run"]).args(cluster.common_arguments("dry"));
+    command.env("KUBERNETES_SERVICE_HOST", ADDRESS).env("KUBERNETES_SERVICE_PORT", "6443");
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
 fn cut(cluster: &Cluster, action: &str) -> Result<String> {
     cluster.output("ip", &["rule", action, "pref", "1", "to", ADDRESS, "unreachable"])
+}
+
+#[test]
+fn a_source_must_be_named_and_only_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let broken = folder.path().join("broken");
+    std::fs::write(&broken, "kind: [").unwrap();
+    let (broken, missing) = (broken.to_str().unwrap(), "/does/not/exist");
+    for (arguments, words) in [
+        (&[][..], &["--manifests", "--kubeconfig"][..]),
+        (&["--manifests", missing, "--kubeconfig", missing], &["cannot be used with"]),
+        (&["--kubeconfig", missing], &[missing]),
+        (&["--kubeconfig", broken], &[broken]),
+    ] {
+        let mut command = std::process::Command::new(sluice_tests::sluice_binary());
+        let output = command.arg("run").args(arguments).env_remove("KUBERNETES_SERVICE_HOST").output().unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {error}");
+        assert!(words.iter().all(|word| error.contains(word)), "{arguments:?}: {error}");
+    }
 }
 
 #[test]
@@ -91,6 +125,7 @@ fn services_follow_a_real_api_server_through_restarts_cuts_and_compaction() {
     let text = String::from_utf8_lossy(&dry.stdout);
     assert!(dry.status.success() && text.contains("default/web") && text.contains("10.96.0.10:80"), "{dry:?}");
     assert_eq!(cluster.host_state().unwrap(), before);
+    assert_eq!(in_cluster(&cluster, &plane), text, "with a service account the same");
 
     // Created, changed and deleted.
     cluster.start().unwrap();

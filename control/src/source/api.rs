@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 pub use self::access::Access;
-use self::assembly::{Assembly, Event, Waiting};
+use self::assembly::{Assembly, Awaits, Event};
 use self::follow::{Query, follow};
 use super::Update;
 use crate::object::{HEADLESS_LABEL, Kind, PROXY_NAME_LABEL};
@@ -74,13 +74,13 @@ pub async fn watch(options: Options, updates: mpsc::Sender<Update>) {
                 assembly.go_without_node();
             }
         }
-        deadline = match (assembly.waiting(), deadline) {
-            (Waiting::ForNode, None) => {
+        deadline = match (assembly.awaits(), deadline) {
+            (Awaits::Node, None) => {
                 tracing::info!(node = options.node_name, patience = ?options.node_patience, "waiting for the own Node");
                 Some(Instant::now() + options.node_patience)
             }
-            (Waiting::ForNode, deadline) => deadline,
-            (Waiting::ForLists | Waiting::ForNothing, _) => None,
+            (Awaits::Node, deadline) => deadline,
+            (Awaits::Lists | Awaits::Nothing, _) => None,
         };
         if let Some(update) = assembly.update()
             && updates.send(update).await.is_err()

@@ -37,10 +37,10 @@ pub(super) enum What {
 
 /// What the first update waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Waiting {
-    ForLists,
-    ForNode,
-    ForNothing,
+pub(super) enum Awaits {
+    Lists,
+    Node,
+    Nothing,
 }
 
 /// Pure: no clock, no I/O.
@@ -90,15 +90,15 @@ impl Assembly {
     }
 
     /// What the first update waits for.
-    pub(super) fn waiting(&self) -> Waiting {
+    pub(super) fn awaits(&self) -> Awaits {
         if self.is_synced {
-            Waiting::ForNothing
+            Awaits::Nothing
         } else if !AWAITED.iter().all(|kind| self.answered.contains(kind)) {
-            Waiting::ForLists
+            Awaits::Lists
         } else if self.goes_without_node || self.has_node() {
-            Waiting::ForNothing
+            Awaits::Nothing
         } else {
-            Waiting::ForNode
+            Awaits::Node
         }
     }
 
@@ -109,7 +109,7 @@ impl Assembly {
 
     /// What differs from the last update. None before the first may be made, or when nothing differs.
     pub(super) fn update(&mut self) -> Option<Update> {
-        if self.waiting() != Waiting::ForNothing {
+        if self.awaits() != Awaits::Nothing {
             return None;
         }
         if !self.is_synced {
@@ -231,7 +231,7 @@ mod tests {
         assert!(take(&mut assembly, Kind::ServiceCIDR, failed(Some(500))).is_none());
         assert!(take(&mut assembly, Kind::EndpointSlice, failed(Some(403))).is_none(), "nothing works without slices");
         assert!(take(&mut assembly, Kind::EndpointSlice, What::Listed(Vec::new())).is_none());
-        assert_eq!(assembly.waiting(), Waiting::ForLists);
+        assert_eq!(assembly.awaits(), Awaits::Lists);
         let first = take(&mut assembly, Kind::ServiceCIDR, failed(Some(403)));
         assert!(first.as_ref().is_some_and(|first| first.problems.len() == 2), "{first:?}");
         assert_eq!(words(first), ["+a", "+me"]);
@@ -248,7 +248,7 @@ mod tests {
             take(&mut assembly, Kind::Node, What::Applied(node(None))).is_none(),
             "without an address it is no help"
         );
-        assert_eq!(assembly.waiting(), Waiting::ForNode);
+        assert_eq!(assembly.awaits(), Awaits::Node);
         assembly.go_without_node();
         assert_eq!(words(assembly.update()), ["+me"]);
         assert_eq!(words(take(&mut assembly, Kind::Node, What::Applied(node(Some("10.9.9.9"))))), ["+me"]);
