@@ -11,13 +11,14 @@ use sluice_bench::netns::NetNs;
 /// Most that a program of it may take to get ready; two cores are shared with other tests.
 const READY: Duration = Duration::from_secs(120);
 
-/// etcd and kube-apiserver. Dropping it ends them.
+/// etcd, kube-apiserver and, where wanted, kube-controller-manager. Dropping it ends them.
 pub struct ControlPlane {
     ns: NetNs,
     address: String,
     folder: tempfile::TempDir,
     etcd: Child,
     api_server: Option<Child>,
+    controllers: Option<Child>,
 }
 
 /// Whether the programs are there; with `SLUICE_KUBE_BUILD=1` they are built. When not, says on stderr what is left untested.
@@ -29,13 +30,16 @@ pub fn can_run(what: &str) -> bool {
         PathBuf::from,
     );
     if std::env::var("SLUICE_KUBE_BUILD").is_ok_and(|value| value == "1") {
-        let built = Command::new(script("build")).arg("kube-apiserver").stdout(Stdio::null()).status();
+        let built = Command::new(script("build")).stdout(Stdio::null()).status();
         assert!(built.as_ref().is_ok_and(std::process::ExitStatus::success), "scripts/kube/build: {built:?}");
     }
     let tools = ["etcd", "curl", "openssl"].map(|tool| Command::new(tool).arg("--version").output().is_ok());
-    let is_there = folder.join(version).join("kube-apiserver").exists() && tools == [true; 3];
+    let is_built = |program: &str| folder.join(&version).join(program).exists();
+    let is_there = is_built("kube-apiserver") && is_built("kube-controller-manager") && tools == [true; 3];
     if !is_there {
-        eprintln!("not tested: {what}: needs a kube-apiserver: run scripts/kube/build, or set SLUICE_KUBE_BUILD=1");
+        eprintln!(
+            "not tested: {what}: needs Kubernetes' own programs: run scripts/kube/build, or set SLUICE_KUBE_BUILD=1"
+        );
     }
     is_there
 }
@@ -48,8 +52,8 @@ impl ControlPlane {
     /// Starts it at this address of this namespace and waits until it is ready.
     pub fn start(ns: NetNs, address: &str) -> Result<Self> {
         let folder = tempfile::tempdir().context("a folder for the control plane")?;
-        let etcd = spawn(&ns, folder.path(), address, "etcd")?;
-        let mut plane = Self { ns, address: address.to_owned(), folder, etcd, api_server: None };
+        let etcd = spawn(&ns, folder.path(), address, "etcd", &[])?;
+        let mut plane = Self { ns, address: address.to_owned(), folder, etcd, api_server: None, controllers: None };
         plane.start_api_server()?;
         Ok(plane)
     }
@@ -64,7 +68,7 @@ impl ControlPlane {
 
     /// Starts the API server and waits until it is ready.
     pub fn start_api_server(&mut self) -> Result<()> {
-        self.api_server = Some(spawn(&self.ns, self.folder.path(), &self.address, "kube-apiserver")?);
+        self.api_server = Some(spawn(&self.ns, self.folder.path(), &self.address, "kube-apiserver", &[])?);
         let deadline = Instant::now() + READY;
         while !self.request("GET", "/readyz", None).is_ok_and(|answer| answer.ends_with("ok")) {
             if let Some(status) = self.api_server.as_mut().and_then(|child| child.try_wait().transpose()) {
@@ -72,6 +76,21 @@ impl ControlPlane {
             }
             ensure!(Instant::now() < deadline, "the API server does not get ready\n{}", self.log("kube-apiserver"));
             std::thread::sleep(Duration::from_millis(200));
+        }
+        Ok(())
+    }
+
+    /// Starts the controllers that make EndpointSlices of Pods.
+    pub fn start_controllers(&mut self) -> Result<()> {
+        let controllers = "--controllers=endpointslice-controller,serviceaccount-controller";
+        let flags = [controllers, "--allocate-node-cidrs=false"];
+        let program = "kube-controller-manager";
+        self.controllers = Some(spawn(&self.ns, self.folder.path(), &self.address, program, &flags)?);
+        // Without its service account no Pod is accepted.
+        let deadline = Instant::now() + READY;
+        while self.request("GET", "/api/v1/namespaces/default/serviceaccounts/default", None).is_err() {
+            ensure!(Instant::now() < deadline, "the controllers do not start\n{}", self.log(program));
+            std::thread::sleep(Duration::from_millis(100));
         }
         Ok(())
     }
@@ -93,7 +112,7 @@ impl ControlPlane {
         self.request("POST", &collection(object)?, Some(object))?;
         if object.get("status").is_some() {
             let patch = json!({"status": object["status"]});
-            self.request("PATCH", &format!("{}/status", path(object)?), Some(&patch))?;
+            self.patch_status(object, &patch)?;
         }
         Ok(())
     }
@@ -101,6 +120,11 @@ impl ControlPlane {
     /// Changes an object by a merge patch.
     pub fn patch(&self, object: &Value, patch: &Value) -> Result<()> {
         self.request("PATCH", &path(object)?, Some(patch)).map(drop)
+    }
+
+    /// Changes an object's status by a merge patch.
+    pub fn patch_status(&self, object: &Value, patch: &Value) -> Result<()> {
+        self.request("PATCH", &format!("{}/status", path(object)?), Some(patch)).map(drop)
     }
 
     /// Deletes an object.
@@ -151,7 +175,7 @@ impl ControlPlane {
 
 impl Drop for ControlPlane {
     fn drop(&mut self) {
-        for child in self.api_server.iter_mut().chain([&mut self.etcd]) {
+        for child in self.controllers.iter_mut().chain(&mut self.api_server).chain([&mut self.etcd]) {
             // Killed: nothing of it is kept.
             let _ = child.kill();
             let _ = child.wait();
@@ -159,10 +183,10 @@ impl Drop for ControlPlane {
     }
 }
 
-fn spawn(ns: &NetNs, folder: &Path, address: &str, program: &str) -> Result<Child> {
+fn spawn(ns: &NetNs, folder: &Path, address: &str, program: &str, flags: &[&str]) -> Result<Child> {
     let log = std::fs::File::options().create(true).append(true).open(folder.join(format!("{program}.log")))?;
     let mut command = ns.command(script("start"));
-    command.arg(folder).args([address, program]).stdout(Stdio::null()).stderr(log);
+    command.arg(folder).args([address, program]).args(flags).stdout(Stdio::null()).stderr(log);
     command.spawn().with_context(|| format!("cannot start {program}"))
 }
 

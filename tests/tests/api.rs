@@ -71,6 +71,19 @@ fn who_answers(cluster: &Cluster, host: u8) -> Option<String> {
     cluster.topology.client.run(|| Ok(ask(target, Duration::from_secs(2)).result.ok())).unwrap()
 }
 
+/// A Pod that its kubelet would say is ready.
+fn running(name: &str, addresses: &[IpAddr]) -> Value {
+    let addresses: Vec<Value> = addresses.iter().map(|address| json!({"ip": address.to_string()})).collect();
+    json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"namespace": "default", "name": name, "labels": {"app": "controlled"}},
+        "spec": {"nodeName": manifests::NODE, "containers": [{"name": "it", "image": "it",
+            "ports": [{"name": "http", "containerPort": 8080}]}]},
+        "status": {"phase": "Running", "podIP": addresses[0]["ip"], "podIPs": addresses,
+            "conditions": [{"type": "Ready", "status": "True"}]},
+    })
+}
+
 /// What a dry run prints in a Pod: with a service account's files, and a mount namespace to have them in.
 fn in_cluster(cluster: &Cluster, plane: &ControlPlane) -> String {
     const SCRIPT: &str = "mount -t tmpfs tmpfs /run && cd /run && mkdir -p secrets/kubernetes.io/serviceaccount && \
@@ -177,6 +190,20 @@ fn services_follow_a_real_api_server_through_restarts_cuts_and_compaction() {
     wait_for(&cluster, 10, "forward", &[FIRST, SECOND]);
     assert!(cluster.log().contains("our version has expired"), "this was about 410\n{}", cluster.log());
     assert_eq!(connection.get("/").unwrap(), "web-1", "the connection went on through it all");
+
+    // Slices that the real controllers make of Pods.
+    plane.start_controllers().unwrap();
+    let mut service = service("controlled", 14);
+    service["spec"]["selector"] = json!({"app": "controlled"});
+    plane.create(&service).unwrap();
+    let pods = cluster.pods.iter().map(|pod| running(&pod.pod.name, &pod.pod.addresses));
+    let pods: Vec<Value> = pods.collect();
+    pods.iter().for_each(|pod| plane.create(pod).unwrap());
+    wait_for(&cluster, 14, "forward", &[FIRST, SECOND]);
+    let unready = json!({"status": {"conditions": [{"type": "Ready", "status": "False"}]}});
+    plane.patch_status(&pods[1], &unready).unwrap();
+    wait_for(&cluster, 14, "forward", &[FIRST]);
+    assert_eq!(who_answers(&cluster, 14).as_deref(), Some("web-1"));
 
     // What is not allowed is named.
     cluster.watch_api(plane.kubeconfig("nobody"));

@@ -28,7 +28,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     #[command(flatten)]
-    from: From,
+    source: SourceArgs,
     /// Read everything once, print what would be served, touch nothing; exit 1 when there are errors
     #[arg(long)]
     dry_run: bool,
@@ -61,7 +61,7 @@ pub struct Args {
 /// Where objects come from. Without either: the API server of the cluster whose Pod this is.
 #[derive(Debug, clap::Args)]
 #[group(multiple = false)]
-struct From {
+struct SourceArgs {
     /// Folder or file of manifests, watched for changes
     #[arg(long, value_name = "DIR|FILE")]
     manifests: Option<PathBuf>,
@@ -89,7 +89,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     config.leave_on_stop |= args.leave_on_stop;
     config.workers = args.workers.or(config.workers);
     config.validate()?;
-    let access = args.from.access()?;
+    let access = args.source.access()?;
     // With an API server the controllers are the cluster's.
     config.local_controllers &= access.is_none();
     // The client logs every failed attempt; we say what it means.
@@ -102,7 +102,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
-        let source = source(&config, access, args.from.manifests).await?;
+        let source = source(&config, access, args.source.manifests).await?;
         if args.dry_run {
             return dry_run(config, source).await;
         }
@@ -111,7 +111,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     })
 }
 
-impl From {
+impl SourceArgs {
     /// The API server to watch; none: there are manifests.
     fn access(&self) -> Result<Option<Access>, ConfigError> {
         match (&self.manifests, &self.kubeconfig) {
