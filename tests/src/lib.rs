@@ -8,6 +8,7 @@ pub mod manifests;
 pub mod naive;
 pub mod probe;
 pub mod sctp;
+pub mod web;
 
 use std::path::PathBuf;
 
