@@ -5,7 +5,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ahash::AHashSet;
-use sluice_dataplane::table::{Deadline, NodeSpec, RoutingTable, ServiceName, ServiceSpec, Slots, TableBuilder};
+use sluice_dataplane::table::{
+    Deadline, EndpointSlot, NodeSpec, RoutingTable, ServiceName, ServiceSpec, Slots, TableBuilder,
+};
 
 use crate::address;
 use crate::config::Config;
@@ -80,9 +82,11 @@ impl Publisher {
     }
 
     /// Takes in the first update: all there is. The first table, whatever it holds.
-    pub fn first(&mut self, update: Update) -> Arc<RoutingTable> {
+    /// `flows`: where those of an earlier process go.
+    pub fn first(&mut self, update: Update, flows: impl Iterator<Item = (IpAddr, EndpointSlot)>) -> Arc<RoutingTable> {
         self.update(update);
         self.builder.synced();
+        self.builder.inherit(flows);
         self.builder.build()
     }
 

@@ -76,8 +76,9 @@ impl State {
     /// Takes in all there is at the start.
     pub(crate) fn apply_first(&self, update: Update) {
         let begun = Instant::now();
+        let flows = self.shared.flows().map(|flow| (flow.endpoint.ip(), flow.endpoint_slot));
         let mut publisher = self.publisher();
-        let table = publisher.first(update);
+        let table = publisher.first(update, flows);
         self.publish(Some(table), begun);
         self.save(&mut publisher);
     }

@@ -128,12 +128,15 @@ fn an_address_that_another_pod_has_inherits_nothing() {
     let mut web = Web::new(1..=1);
     let (pod, mut connection) = web.connect();
     assert_eq!(pod, "web-1");
-    web.servers.remove(&1).unwrap();
-    web.cluster.topology.remove_pod("web-1").unwrap();
-    web.add(2, 1);
+    // It leaves without having been terminating: its connections go on, until somebody else has the address.
+    web.publish(&[]);
+    assert_eq!(connection.get("/").as_deref(), Ok("web-1"));
     let generation = web.cluster.generation().unwrap();
     web.write_named(&[(2, 1, "ready")], json!({}));
     web.cluster.wait_for_table_after(generation).unwrap();
+    web.servers.remove(&1).unwrap();
+    web.cluster.topology.remove_pod("web-1").unwrap();
+    web.add(2, 1);
     assert_eq!(web.connect().0, "web-2");
     // The other Pod would answer a segment of the old connection with a RST of its own; it must not even see one.
     let seen = || {

@@ -145,7 +145,7 @@ async fn dry_run(config: Config, source: Source) -> Result<ExitCode> {
     if let Some(local) = publisher.local_controllers() {
         local.load(&state_dir).with_context(|| format!("earlier allocations in {}", state_dir.display()))?;
     }
-    publisher.first(first);
+    publisher.first(first, std::iter::empty());
     let report = Report::new(&publisher);
     print(&check::text(&report, false))?;
     Ok(ExitCode::from(if report.errors > 0 { WRONG } else { 0 }))
