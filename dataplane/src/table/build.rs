@@ -270,13 +270,18 @@ impl TableBuilder {
         let slot = EndpointSlot(self.endpoint_slots.intern(&name, is_gone, assign));
         slots.see(slot, endpoint.condition, endpoint.drain, spec.drain_timeout);
         let ip = endpoint.address.ip();
-        if endpoint.uid != Uid::default() && self.holders.insert(ip, endpoint.uid) != Some(endpoint.uid) {
+        if endpoint.uid != Uid::default() {
+            let before = self.holders.insert(ip, endpoint.uid);
             // Whoever had the address and drains has it no more: not one more packet of his may go there.
-            let had = |name: &EndpointName| name.address.ip() == ip && self.is_anothers(name);
-            for (_, slot) in self.endpoint_slots.iter().filter(|(name, _)| had(name)) {
-                slots.end_left(EndpointSlot(slot));
+            if before.is_some_and(|before| before != endpoint.uid) {
+                let had = |name: &EndpointName| name.address.ip() == ip && self.is_anothers(name);
+                for (_, slot) in self.endpoint_slots.iter().filter(|(name, _)| had(name)) {
+                    slots.end_left(EndpointSlot(slot));
+                }
             }
-            self.strangers.remove(&ip).into_iter().flatten().for_each(|slot| slots.end_left(slot));
+            if before != Some(endpoint.uid) {
+                self.strangers.remove(&ip).into_iter().flatten().for_each(|slot| slots.end_left(slot));
+            }
         }
         Endpoint { address: endpoint.address, slot }
     }
