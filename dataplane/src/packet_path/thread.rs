@@ -14,6 +14,7 @@ use nix::time::{ClockId, clock_gettime};
 use crate::packet_path::drops::Drop as DropReason;
 use crate::packet_path::keeper::Keeper;
 use crate::packet_path::shared::Shared;
+use crate::packet_path::steer;
 use crate::packet_path::tun::{FRAME_LIMIT, Queue, Sender, Tun};
 use crate::packet_path::worker::{Action, Worker};
 
@@ -62,12 +63,20 @@ impl PacketPath {
         unsafe { sigaction(WAKE, &action) }?;
         let course = Arc::new(Course::default());
         let queues = tun.into_queues();
-        let out = queues.first().ok_or(io::ErrorKind::InvalidInput)?.sender()?;
+        let first = queues.first().ok_or(io::ErrorKind::InvalidInput)?;
+        let out = first.sender()?;
+        let count = queues.len();
+        let steered = count > 1 && is_done(steer::by_processor(first), "packets are not kept on their processors");
         let mut threads = Threads { course: Arc::clone(&course), threads: Vec::new() };
         for (number, queue) in queues.into_iter().enumerate() {
             let (worker, shared) = (Worker::new(Arc::clone(&shared), number), Arc::clone(&shared));
             let course = Arc::clone(&course);
-            let body = move || run(queue, worker, &shared, number, &course);
+            let body = move || {
+                if steered {
+                    is_done(steer::stay(number, count), "a packet thread is not kept on its processors");
+                }
+                run(queue, worker, &shared, number, &course);
+            };
             threads.threads.push(std::thread::Builder::new().name(format!("packets-{number}")).spawn(body)?);
         }
         let body = move || keep(out, &shared, threads);
@@ -123,6 +132,11 @@ impl Drop for Threads {
             }
         }
     }
+}
+
+/// Whether something that only makes us faster worked.
+fn is_done(result: io::Result<()>, otherwise: &str) -> bool {
+    result.inspect_err(|error| tracing::info!(%error, "{otherwise}")).is_ok()
 }
 
 fn run(mut queue: Queue, mut worker: Worker, shared: &Shared, thread: usize, course: &Course) {
