@@ -121,7 +121,8 @@ const EVENTS: usize = 4096;
 /// What the lock guards.
 #[derive(Default)]
 struct Watch {
-    /// Endpoints that drain or are gone, and whether that they are drained was told.
+    /// Endpoints that drain or are gone, and whether there is nothing to tell of their flows: they had none, or their end
+    /// was told.
     leaving: AHashMap<EndpointSlot, bool>,
     /// Endpoints that entered their list since the last look at the clock.
     entered: Vec<EndpointSlot>,
@@ -211,7 +212,7 @@ impl Slots {
             let life = self.life(slot);
             self.set_standing(slot, Standing::of(life));
             if life.is_some_and(leaves) {
-                watch.leaving.insert(slot, false);
+                watch.leaving.insert(slot, true);
             }
             if entry.entered.load(Relaxed) == 0 {
                 watch.entered.push(slot);
@@ -356,7 +357,7 @@ impl Slots {
             entry.drains_since.store(0, Relaxed);
         }
         if leaves && !listed {
-            watch.leaving.insert(slot, false);
+            watch.leaving.insert(slot, entry.active.load(Relaxed) == 0);
         } else if !leaves {
             watch.leaving.remove(&slot);
         }

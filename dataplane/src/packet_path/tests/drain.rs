@@ -171,6 +171,12 @@ fn lives_are_told() {
     let [(Became(ready), 0), (Became(left), 1), (Drained { after }, 0)] = told[..] else { panic!("{told:?}") };
     assert_eq!((ready.name(), left.name(), after), ("ready", "draining", Duration::from_secs(5)));
     assert_eq!(path.shared.slots.take_events(), []);
+    // One that had no flows has none to lose: only its life is news.
+    path.serve_all(Protocol::Tcp, vec![endpoint(OTHER, 2, TERMINATING)]);
+    path.keep();
+    path.keep();
+    let told: Vec<_> = path.shared.slots.take_events().into_iter().map(|event| event.change.reason()).collect();
+    assert_eq!(told, ["terminating"]);
 }
 
 #[test]
