@@ -66,7 +66,7 @@ pub fn drain(args: Args) -> Result<ExitCode> {
         "{}: {} endpoints get no new flows; {} flows are left\n",
         args.target, drained.endpoints, drained.flows
     ))?;
-    if args.watch { watch(args.admin, args.target) } else { Ok(ExitCode::SUCCESS) }
+    if args.watch { watch(args.admin, args.target, drained.flows) } else { Ok(ExitCode::SUCCESS) }
 }
 
 /// Ends a drain.
@@ -81,20 +81,20 @@ pub fn undrain(args: UndrainArgs) -> Result<ExitCode> {
 }
 
 /// Counts down. Flows that are there at one look and, with the deadline past, not at the next, were cut.
-fn watch(admin: SocketAddr, target: Target) -> Result<ExitCode> {
-    let mut last = None;
+/// `before` are those that the drain began with: a short one may be over at the first look.
+fn watch(admin: SocketAddr, target: Target, mut before: u64) -> Result<ExitCode> {
+    let mut shown = None;
     loop {
         let text = get::ask(admin, "/api/v1/endpoints")?;
         let list: List<EndpointView> = serde_json::from_str(&text).context("the daemon's answer is not understood")?;
         let meant: Vec<&EndpointView> = list.items.iter().filter(|view| target.covers(view.address)).collect();
         let left: u64 = meant.iter().map(|view| view.active).sum();
         let is_gone = meant.iter().any(|view| view.state == "gone");
-        if last != Some(left) {
+        if shown.replace(left) != Some(left) {
             let deadline = meant.iter().filter_map(|view| view.deadline_seconds).max();
             let deadline = deadline.map_or(String::new(), |seconds| format!(", cut in {seconds}s"));
             print(&format!("{target}: {left} flows are left{deadline}\n"))?;
         }
-        let before = last.replace(left).unwrap_or(left);
         if left == 0 {
             let was_cut = is_gone && before > 0;
             print(&format!(
@@ -103,6 +103,7 @@ fn watch(admin: SocketAddr, target: Target) -> Result<ExitCode> {
             ))?;
             return Ok(if was_cut { ExitCode::from(WRONG) } else { ExitCode::SUCCESS });
         }
+        before = left;
         std::thread::sleep(WATCH_INTERVAL);
     }
 }
