@@ -252,6 +252,13 @@ impl Cluster {
         self.output(sluice_binary(), arguments)
     }
 
+    /// Runs `sluice` with these arguments in the node's namespace: its exit code, and all that it prints.
+    pub fn sluice_exit(&self, arguments: &[&str]) -> Result<(Option<i32>, String)> {
+        let output = self.topology.node.command(sluice_binary()).args(arguments).output()?;
+        let text = [output.stdout, output.stderr].concat();
+        Ok((output.status.code(), String::from_utf8_lossy(&text).into_owned()))
+    }
+
     /// Runs a program in the node's namespace and returns what it prints.
     pub fn output(&self, program: impl AsRef<std::ffi::OsStr>, arguments: &[&str]) -> Result<String> {
         let output = self.topology.node.command(program).args(arguments).output()?;

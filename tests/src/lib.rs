@@ -7,6 +7,8 @@ pub mod manifests;
 pub mod naive;
 pub mod probe;
 pub mod sctp;
+pub mod stage;
+pub mod talk;
 
 use std::path::PathBuf;
 
