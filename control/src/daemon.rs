@@ -55,15 +55,16 @@ pub async fn run(config: Config, manifests: &Path) -> Result<()> {
     // Open before another daemon lets go: packets wait here meanwhile.
     let tun = open_link(&host, settings.workers).await?;
     let shared = open_flows(settings.clone(), &config.state_dir)?;
-    let _namespace = match standing {
-        Standing::Alone(held) => held,
-        Standing::TakingOver => lock::succeed().await?,
-    };
     let publisher = publisher(&config, &interfaces, &shared);
     let state = Arc::new(State::new(Arc::clone(&shared), config, publisher));
     state.apply_first(first);
     lives::forget(&state);
     let path = PacketPath::start(tun, Arc::clone(&shared)).context("cannot start the packet threads")?;
+    // The daemon that handed over reads no packet any more: ours need not wait until it has ended, but the host must.
+    let _namespace = match standing {
+        Standing::Alone(held) => held,
+        Standing::TakingOver => lock::succeed().await?,
+    };
     state.report();
     let mut daemon = Daemon {
         state,

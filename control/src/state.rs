@@ -84,6 +84,10 @@ impl State {
 
     /// Drains endpoints by hand, or no longer. Returns whether the target was drained before.
     pub fn set_drain(&self, target: Target, until: Option<Deadline>) -> std::io::Result<bool> {
+        if self.shared.is_superseded() {
+            // It would be read by nobody: the next daemon has read them.
+            return Err(std::io::Error::other("another daemon is taking over: ask again"));
+        }
         let begun = Instant::now();
         let (known, table) = self.publisher().set_drain(target, until)?;
         self.publish(table, begun);

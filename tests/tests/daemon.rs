@@ -4,8 +4,8 @@
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use sluice_bench::client::{self, Target, ask};
-use sluice_tests::can_run_in_namespaces;
 use sluice_tests::cluster::{Cluster, SOON};
+use sluice_tests::{can_run_in_namespaces, manifests};
 
 fn answers(cluster: &Cluster) -> bool {
     let target = Target::Http(cluster.web(true)[0]);
@@ -37,6 +37,34 @@ fn a_clean_stop_leaves_the_host_as_it_was_and_a_crash_is_repaired() {
     assert_eq!(cluster.stop(Signal::SIGKILL).unwrap(), None);
     cluster.sluice(&["cleanup"]).unwrap();
     assert_eq!(cluster.host_state().unwrap(), before, "cleanup removes what a crash left");
+}
+
+#[test]
+fn an_address_that_goes_loses_its_route() {
+    if !can_run_in_namespaces("routes of addresses that come and go") {
+        return;
+    }
+    let cluster = Cluster::with_web(1).unwrap();
+    let pods = [(cluster.pods[0].pod.name.clone(), cluster.pods[0].pod.addresses.clone())];
+    let slices = manifests::slices("web", &pods);
+    let mut without = manifests::service("web", 10);
+    without["status"] = serde_json::json!({});
+    let with = manifests::service("web", 10);
+    for (service, there) in [(&with, true), (&without, false), (&with, true)] {
+        cluster.write("web.json", &[vec![service.clone()], slices.clone()].concat()).unwrap();
+        let deadline = std::time::Instant::now() + SOON;
+        for (family, address) in [("-4", "172.31.0.10"), ("-6", "fd00:31::a")] {
+            let has = || {
+                let routes = cluster.output("ip", &[family, "route", "show", "table", "5392"]).unwrap();
+                routes.lines().any(|line| line.split(' ').any(|word| word == address))
+            };
+            while has() != there {
+                assert!(std::time::Instant::now() < deadline, "{address} is to have a route: {there}");
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+        }
+    }
+    assert!(answers(&cluster));
 }
 
 /// Without what differs from link to link of one name: its index.
