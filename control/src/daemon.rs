@@ -12,7 +12,7 @@ use sluice_dataplane::flow::{FlowFile, Found};
 use sluice_dataplane::net::Family;
 use sluice_dataplane::packet_path::{PacketPath, Settings, Shared, Tun};
 use sluice_dataplane::table::RoutingTable;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
 use crate::config::Config;
@@ -61,11 +61,12 @@ pub async fn run(config: Config, manifests: &Path) -> Result<()> {
     lives::forget(&state);
     let path = PacketPath::start(tun, Arc::clone(&shared)).context("cannot start the packet threads")?;
     // The daemon that handed over reads no packet any more: ours need not wait until it has ended, but the host must.
-    let _namespace = match standing {
+    let namespace = match standing {
         Standing::Alone(held) => held,
         Standing::TakingOver => lock::succeed().await?,
     };
     state.report();
+    let mut signals = Signals::new()?;
     let mut daemon = Daemon {
         state,
         host,
@@ -76,12 +77,17 @@ pub async fn run(config: Config, manifests: &Path) -> Result<()> {
         planned: None,
     };
     let served = match daemon.set_up_host().await {
-        Ok(()) => daemon.serve(folder, &path).await,
+        Ok(()) => daemon.serve(folder, &path, &mut signals).await,
         Err(error) => Err(error),
     };
     let _ = sd_notify::notify(&[NotifyState::Stopping]);
     if shared.is_superseded() {
         tracing::info!("another daemon took over");
+        if daemon.state.config.linger {
+            // The other one waits for these.
+            drop((path, namespace, daemon));
+            signals.received().await;
+        }
         return Ok(());
     }
     if daemon.state.config.leave_on_stop && served.is_ok() {
@@ -94,6 +100,26 @@ pub async fn run(config: Config, manifests: &Path) -> Result<()> {
     removed?;
     tracing::info!("stopped; nothing of ours is left on the host");
     Ok(())
+}
+
+/// What ends the daemon.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    /// Waits for one.
+    async fn received(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
 }
 
 /// The publisher, with what an earlier process left for it.
@@ -218,22 +244,32 @@ impl Daemon {
         Ok(())
     }
 
-    async fn serve(&mut self, folder: Folder, path: &PacketPath) -> Result<()> {
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let (sender, mut updates) = mpsc::channel(QUEUE);
+    async fn serve(&mut self, folder: Folder, path: &PacketPath, signals: &mut Signals) -> Result<()> {
+        let (sender, updates) = mpsc::channel(QUEUE);
         let _watch = watch(folder, sender)?;
-        let _servers = admin::serve(&self.state)?;
+        let mut servers = admin::serve(&self.state)?;
         let _ = sd_notify::notify(&[NotifyState::Ready]);
         let table = self.state.shared.table();
         tracing::info!(frontends = table.len(), admin = %self.state.config.admin, "serving");
+        let served = self.work(updates, path, signals).await;
+        // A daemon that takes over wants their ports.
+        servers.shutdown().await;
+        served
+    }
+
+    /// Takes in updates and looks after host and packet path, until a signal comes or another daemon takes over.
+    async fn work(
+        &mut self,
+        mut updates: mpsc::Receiver<Update>,
+        path: &PacketPath,
+        signals: &mut Signals,
+    ) -> Result<()> {
         let mut look = tokio::time::interval(LOOK_INTERVAL);
         let mut unreported = false;
         let mut watch_path = tokio::time::interval(PATH_INTERVAL);
         loop {
             tokio::select! {
-                _ = terminate.recv() => return Ok(()),
-                _ = interrupt.recv() => return Ok(()),
+                () = signals.received() => return Ok(()),
                 update = updates.recv() => match update {
                     Some(update) => {
                         self.update(update).await?;

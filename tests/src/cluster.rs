@@ -178,6 +178,21 @@ impl Cluster {
         Ok(status.code())
     }
 
+    /// Starts another daemon beside the one that runs, which is not to end by itself, and waits until it has taken over.
+    /// Returns the old one.
+    pub fn take_over_from_lingering(&mut self) -> Result<Child> {
+        let old = self.daemon.take().context("no daemon runs")?;
+        let served = self.log().matches("serving ").count();
+        self.daemon = Some(self.spawn()?);
+        let deadline = Instant::now() + SOON;
+        while self.log().matches("serving ").count() == served {
+            ensure!(Instant::now() < deadline, "no take-over\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        self.wait_until_served()?;
+        Ok(old)
+    }
+
     /// Ends the daemon with this signal and returns its exit code.
     pub fn stop(&mut self, signal: Signal) -> Result<Option<i32>> {
         let mut daemon = self.daemon.take().context("no daemon runs")?;

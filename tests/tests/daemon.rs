@@ -110,6 +110,26 @@ fn a_second_daemon_is_refused_unless_it_takes_over() {
 }
 
 #[test]
+fn a_daemon_that_lingers_ends_when_told_and_harms_nothing() {
+    if !can_run_in_namespaces("--linger") {
+        return;
+    }
+    let mut cluster = Cluster::new().unwrap();
+    cluster.add_pod(1).unwrap();
+    cluster.publish_web(0..1).unwrap();
+    cluster.arguments(&["--linger"]);
+    cluster.start().unwrap();
+    let mut old = cluster.take_over_from_lingering().unwrap();
+    assert!(answers(&cluster));
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    assert_eq!(old.try_wait().unwrap(), None, "it waits\n{}", cluster.log());
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(old.id() as i32), Signal::SIGTERM).unwrap();
+    assert_eq!(old.wait().unwrap().code(), Some(0), "{}", cluster.log());
+    assert!(answers(&cluster), "the host's set-up is the newer one's");
+    assert_eq!(cluster.stop(Signal::SIGTERM).unwrap(), Some(0), "{}", cluster.log());
+}
+
+#[test]
 fn a_bad_file_is_named_and_changes_nothing() {
     if !can_run_in_namespaces("bad manifests in a running daemon") {
         return;

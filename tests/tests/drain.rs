@@ -133,8 +133,8 @@ fn servers_that_stop_before_their_slice_says_so_cost_nobody_a_connection() {
     roll(true);
 }
 
-/// Does something to the daemon again and again under connections and a transfer.
-fn disturb(what: &str, disturb: impl Fn(&mut Stage)) {
+/// Does something to the daemon again and again under connections and a transfer. With these flags, from the first time on.
+fn disturb(what: &str, arguments: &[&str], disturb: impl Fn(&mut Stage)) {
     if !can_run_in_namespaces(what) {
         return;
     }
@@ -146,6 +146,9 @@ fn disturb(what: &str, disturb: impl Fn(&mut Stage)) {
     let generation = stage.cluster.generation().unwrap();
     stage.cluster.write("bulk.json", &objects).unwrap();
     stage.cluster.wait_for_table_after(generation).unwrap();
+
+    stage.cluster.arguments(arguments);
+    disturb(&mut stage);
 
     let staying = start_long(&stage, clients);
     let stop = Arc::new(AtomicBool::new(false));
@@ -188,7 +191,7 @@ fn disturb(what: &str, disturb: impl Fn(&mut Stage)) {
 
 #[test]
 fn killed_daemons_lose_no_connection() {
-    disturb("kill -9", |stage| {
+    disturb("kill -9", &[], |stage| {
         stage.cluster.stop(Signal::SIGKILL).unwrap();
         stage.cluster.start().unwrap();
     });
@@ -196,7 +199,15 @@ fn killed_daemons_lose_no_connection() {
 
 #[test]
 fn upgrades_lose_no_connection() {
-    disturb("take-over", |stage| assert_eq!(stage.cluster.take_over().unwrap(), Some(0)));
+    disturb("take-over", &[], |stage| assert_eq!(stage.cluster.take_over().unwrap(), Some(0)));
+}
+
+#[test]
+fn restarts_lose_no_connection_where_a_stop_leaves_all() {
+    disturb("restart", &["--leave-on-stop"], |stage| {
+        assert_eq!(stage.cluster.stop(Signal::SIGTERM).unwrap(), Some(0));
+        stage.cluster.start().unwrap();
+    });
 }
 
 #[test]
