@@ -170,7 +170,7 @@ fn slice(size: &Size, index: usize, round: usize) -> Result<EndpointSlice> {
         let moved = if number == first { round * 7 % 500_000 + size.endpoints } else { number };
         json!({"addresses": [address(10, 128, moved)], "nodeName": format!("node-{}", number % 1000), "zone": "a",
             "conditions": {"ready": true, "serving": true, "terminating": false},
-            "targetRef": {"kind": "Pod", "namespace": format!("team-{}", index % 100), "name": format!("pod-{number}")}})
+            "targetRef": {"kind": "Pod", "namespace": format!("team-{}", index % 100), "name": format!("pod-{number}"), "uid": format!("uid-{number}")}})
     };
     let endpoints: Vec<Value> = (first..end).map(endpoint).collect();
     let object = json!({

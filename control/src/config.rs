@@ -204,6 +204,14 @@ pub struct ConfigError {
     reason: String,
 }
 
+impl ConfigError {
+    /// Of a file, or of what else is named so.
+    #[must_use]
+    pub fn new(path: impl Into<PathBuf>, reason: impl Into<String>) -> Self {
+        Self { path: path.into(), reason: reason.into() }
+    }
+}
+
 /// One entry of `nodePortAddresses`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NodePortAddress {

@@ -13,7 +13,6 @@ use sluice_dataplane::net::Family;
 use sluice_dataplane::packet_path::{PacketPath, Settings, Shared, Tun};
 use sluice_dataplane::table::RoutingTable;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::mpsc;
 
 use crate::config::Config;
 use crate::drains::Drains;
@@ -23,8 +22,7 @@ use crate::host::{Host, LINK, Lacking, Plan, nft, sysctl};
 use crate::loopback::LoopbackListeners;
 use crate::node::NodeFacts;
 use crate::publish::Publisher;
-use crate::source::Update;
-use crate::source::folder::{Folder, watch};
+use crate::source::{Feed, Source, Update};
 use crate::state::State;
 use crate::{admin, lives};
 
@@ -36,20 +34,14 @@ const PATH_INTERVAL: Duration = Duration::from_millis(100);
 const HAND_OVER_PATIENCE: Duration = Duration::from_secs(5);
 /// How long changes must pause before the log tells what is wrong with objects.
 const REPORT_PAUSE: Duration = Duration::from_millis(100);
-/// Updates that may wait.
-const QUEUE: usize = 64;
 
 /// Runs until SIGTERM or SIGINT.
-pub async fn run(config: Config, manifests: &Path) -> Result<()> {
+pub async fn run(config: Config, source: Source) -> Result<()> {
     admin::metrics::install()?;
     let host = Host::new()?;
     let standing = lock::standing(&config.state_dir)?;
     require_environment()?;
-    let mut folder = Folder::new(manifests, config.prune);
-    if !manifests.exists() {
-        bail!("{}: no such file or folder", manifests.display());
-    }
-    let first = folder.scan();
+    let (first, feed) = source.open().await?;
     let interfaces = host.addresses().await?;
     let settings = settings(&config, &first, &interfaces)?;
     // Open before another daemon lets go: packets wait here meanwhile.
@@ -77,7 +69,7 @@ pub async fn run(config: Config, manifests: &Path) -> Result<()> {
         planned: None,
     };
     let served = match daemon.set_up_host().await {
-        Ok(()) => daemon.serve(folder, &path, &mut signals).await,
+        Ok(()) => daemon.serve(feed, &path, &mut signals).await,
         Err(error) => Err(error),
     };
     let _ = sd_notify::notify(&[NotifyState::Stopping]);
@@ -244,39 +236,29 @@ impl Daemon {
         Ok(())
     }
 
-    async fn serve(&mut self, folder: Folder, path: &PacketPath, signals: &mut Signals) -> Result<()> {
-        let (sender, updates) = mpsc::channel(QUEUE);
-        let _watch = watch(folder, sender)?;
+    async fn serve(&mut self, feed: Feed, path: &PacketPath, signals: &mut Signals) -> Result<()> {
         let mut servers = admin::serve(&self.state)?;
         let _ = sd_notify::notify(&[NotifyState::Ready]);
         let table = self.state.shared.table();
         tracing::info!(frontends = table.len(), admin = %self.state.config.admin, "serving");
-        let served = self.work(updates, path, signals).await;
+        let served = self.work(feed, path, signals).await;
         // A daemon that takes over wants their ports.
         servers.shutdown().await;
         served
     }
 
     /// Takes in updates and looks after host and packet path, until a signal comes or another daemon takes over.
-    async fn work(
-        &mut self,
-        mut updates: mpsc::Receiver<Update>,
-        path: &PacketPath,
-        signals: &mut Signals,
-    ) -> Result<()> {
+    async fn work(&mut self, mut feed: Feed, path: &PacketPath, signals: &mut Signals) -> Result<()> {
         let mut look = tokio::time::interval(LOOK_INTERVAL);
         let mut unreported = false;
         let mut watch_path = tokio::time::interval(PATH_INTERVAL);
         loop {
             tokio::select! {
                 () = signals.received() => return Ok(()),
-                update = updates.recv() => match update {
-                    Some(update) => {
-                        self.update(update).await?;
-                        unreported = true;
-                    }
-                    None => bail!("the watch of the manifests ended"),
-                },
+                update = feed.next() => {
+                    self.update(update?).await?;
+                    unreported = true;
+                }
                 // Finding all that is wrong may take longer than a change: it waits until changes pause.
                 () = tokio::time::sleep(REPORT_PAUSE), if unreported => {
                     let state = Arc::clone(&self.state);

@@ -19,6 +19,8 @@ pub enum Origin {
     },
     /// Made up by the controllers' part that the folder source plays.
     LocalController,
+    /// The Kubernetes API.
+    Api,
 }
 
 impl fmt::Display for Origin {
@@ -27,6 +29,7 @@ impl fmt::Display for Origin {
             Self::File { path, document: 0 } => write!(f, "{}", path.display()),
             Self::File { path, document } => write!(f, "{}, document {document}", path.display()),
             Self::LocalController => f.write_str("made up by local controllers"),
+            Self::Api => f.write_str("the Kubernetes API"),
         }
     }
 }

@@ -5,7 +5,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ahash::AHashSet;
-use sluice_dataplane::table::{Deadline, NodeSpec, RoutingTable, ServiceName, ServiceSpec, Slots, TableBuilder};
+use sluice_dataplane::table::{
+    Deadline, EndpointSlot, NodeSpec, RoutingTable, ServiceName, ServiceSpec, Slots, TableBuilder,
+};
 
 use crate::address;
 use crate::config::Config;
@@ -14,7 +16,7 @@ use crate::health_check::HealthCheck;
 use crate::local::LocalControllers;
 use crate::node::NodeFacts;
 use crate::object::{SERVICE_NAME_LABEL, name_of, service_of};
-use crate::problem::Problem;
+use crate::problem::{Origin, Problem};
 use crate::resolve::{Rules, resolve};
 use crate::source::Update;
 use crate::store::{Store, Touched};
@@ -80,9 +82,11 @@ impl Publisher {
     }
 
     /// Takes in the first update: all there is. The first table, whatever it holds.
-    pub fn first(&mut self, update: Update) -> Arc<RoutingTable> {
+    /// `flows`: where those of an earlier process go.
+    pub fn first(&mut self, update: Update, flows: impl Iterator<Item = (IpAddr, EndpointSlot)>) -> Arc<RoutingTable> {
         self.update(update);
         self.builder.synced();
+        self.builder.inherit(flows);
         self.builder.build()
     }
 
@@ -179,7 +183,9 @@ impl Publisher {
             origin.map_or(problem.clone(), |origin| problem.from(origin))
         }));
         problems.extend(self.loops());
-        problems.extend(self.store.slices_without_service().map(|slice| {
+        // The API's selectors leave out Services whose slices they let in: nobody's mistake.
+        let orphans = self.store.slices_without_service().filter(|slice| slice.origin != Origin::Api);
+        problems.extend(orphans.map(|slice| {
             let label = format!("metadata.labels[{SERVICE_NAME_LABEL}]");
             let (message, name) = match service_of(&slice.object) {
                 Some(service) => (format!("there is no Service {service}"), name_of(&slice.object.metadata)),
@@ -302,7 +308,6 @@ mod tests {
 
     use super::*;
     use crate::object::Object;
-    use crate::problem::Origin;
     use crate::source::Change;
 
     fn service(name: &str, ip: &str, spec: Value) -> Value {

@@ -10,7 +10,7 @@ use sluice_dataplane::table::{Deadline, RoutingTable};
 use crate::admin;
 use crate::config::Config;
 use crate::drains::Target;
-use crate::problem::Problem;
+use crate::problem::{Origin, Problem};
 use crate::publish::Publisher;
 use crate::source::Update;
 
@@ -76,8 +76,9 @@ impl State {
     /// Takes in all there is at the start.
     pub(crate) fn apply_first(&self, update: Update) {
         let begun = Instant::now();
+        let flows = self.shared.flows().map(|flow| (flow.endpoint.ip(), flow.endpoint_slot));
         let mut publisher = self.publisher();
-        let table = publisher.first(update);
+        let table = publisher.first(update, flows);
         self.publish(Some(table), begun);
         self.save(&mut publisher);
     }
@@ -105,7 +106,10 @@ impl State {
         let problems = admin::views::problems(self).items;
         let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
         // Both are sorted.
-        for problem in problems.iter().filter(|problem| said.binary_search(problem).is_err()) {
+        // What the API server refuses is not about objects, comes and goes, and its source logs it at a bounded rate.
+        let is_of_source = |problem: &&Problem| problem.origin == Some(Origin::Api) && problem.object.is_none();
+        let new = problems.iter().filter(|problem| said.binary_search(problem).is_err());
+        for problem in new.filter(|problem| !is_of_source(problem)) {
             tracing::warn!("{problem}");
         }
         *said = problems;

@@ -1,5 +1,6 @@
 //! One node with Pods and an outside client in network namespaces, and the daemon under test on the node.
 
+use std::ffi::OsString;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
@@ -38,6 +39,7 @@ pub struct Cluster {
     folder: tempfile::TempDir,
     daemon: Option<Child>,
     arguments: Vec<String>,
+    kubeconfig: Option<PathBuf>,
 }
 
 impl Cluster {
@@ -47,7 +49,8 @@ impl Cluster {
         fs::create_dir(folder.path().join("manifests"))?;
         fs::write(folder.path().join("config.yaml"), "localControllers: false\n")?;
         let topology = Topology::new(TopologyConfig::default())?;
-        let cluster = Self { topology, pods: Vec::new(), folder, daemon: None, arguments: Vec::new() };
+        let cluster =
+            Self { topology, pods: Vec::new(), folder, daemon: None, arguments: Vec::new(), kubeconfig: None };
         let addresses: Vec<IpAddr> = cluster.topology.config.node.iter().map(ipnet::IpNet::addr).collect();
         cluster.write("node.json", &[manifests::node(&addresses)])?;
         Ok(cluster)
@@ -67,6 +70,11 @@ impl Cluster {
     /// Flags that every later start of the daemon gets too.
     pub fn arguments(&mut self, arguments: &[&str]) {
         self.arguments = arguments.iter().map(|text| (*text).to_owned()).collect();
+    }
+
+    /// Every later start of the daemon watches an API server instead of the folder.
+    pub fn watch_api(&mut self, kubeconfig: PathBuf) {
+        self.kubeconfig = Some(kubeconfig);
     }
 
     /// Writes the configuration file anew, for the next start.
@@ -121,11 +129,23 @@ impl Cluster {
     #[must_use]
     pub fn run_command(&self, state: &str) -> Command {
         let mut command = self.topology.node.command(sluice_binary());
-        command.arg("run").arg("--manifests").arg(self.manifests());
-        command.arg("--config").arg(self.folder.path().join("config.yaml"));
-        command.args(["--node-name", manifests::NODE, "--state-dir"]).arg(self.folder.path().join(state));
-        command.args(&self.arguments);
+        command.arg("run");
+        match &self.kubeconfig {
+            Some(kubeconfig) => command.arg("--kubeconfig").arg(kubeconfig),
+            None => command.arg("--manifests").arg(self.manifests()),
+        };
+        command.args(self.common_arguments(state));
         command
+    }
+
+    /// Arguments of `sluice run` for this node, all but where objects come from.
+    #[must_use]
+    pub fn common_arguments(&self, state: &str) -> Vec<OsString> {
+        let path = |name| self.folder.path().join(name).into_os_string();
+        let mut arguments = vec!["--config".into(), path("config.yaml"), "--state-dir".into(), path(state)];
+        arguments.extend(["--node-name", manifests::NODE].map(OsString::from));
+        arguments.extend(self.arguments.iter().map(OsString::from));
+        arguments
     }
 
     /// Starts the daemon and waits until it serves.

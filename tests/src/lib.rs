@@ -1,6 +1,7 @@
 //! Helpers of the whole-program tests: they drive the built programs from outside, as a user would.
 
 pub mod cluster;
+pub mod control_plane;
 pub mod http;
 pub mod lab;
 pub mod manifests;
@@ -9,6 +10,7 @@ pub mod probe;
 pub mod sctp;
 pub mod stage;
 pub mod talk;
+pub mod web;
 
 use std::path::PathBuf;
 

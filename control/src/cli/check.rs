@@ -67,7 +67,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(u8::from(report.errors > 0)))
 }
 
-fn text(report: &Report, is_wide: bool) -> String {
+/// For people.
+pub(super) fn text(report: &Report, is_wide: bool) -> String {
     let mut text = String::new();
     if !report.services.is_empty() {
         text += &table(report, is_wide).trim_fmt();
@@ -81,7 +82,7 @@ fn text(report: &Report, is_wide: bool) -> String {
     for problem in in_order_of_files(&report.problems) {
         let path = path_of(problem);
         if file != Some(path) {
-            let _ = writeln!(text, "{}", path.map_or("in no file".to_owned(), |path| path.display().to_string()));
+            let _ = writeln!(text, "{}", path.map_or_else(|| elsewhere(problem), |path| path.display().to_string()));
             file = Some(path);
         }
         let _ = writeln!(text, "  {}", line(problem));
@@ -150,17 +151,25 @@ fn in_order_of_files(problems: &[Problem]) -> Vec<&Problem> {
     problems
 }
 
+/// The heading of problems of no file.
+fn elsewhere(problem: &Problem) -> String {
+    match &problem.origin {
+        Some(Origin::Api) => "in the cluster".to_owned(),
+        Some(Origin::File { .. } | Origin::LocalController) | None => "in no file".to_owned(),
+    }
+}
+
 fn path_of(problem: &Problem) -> Option<&std::path::Path> {
     match &problem.origin {
         Some(Origin::File { path, .. }) => Some(path),
-        Some(Origin::LocalController) | None => None,
+        Some(Origin::LocalController | Origin::Api) | None => None,
     }
 }
 
 fn document_of(problem: &Problem) -> usize {
     match &problem.origin {
         Some(Origin::File { document, .. }) => *document,
-        Some(Origin::LocalController) | None => 0,
+        Some(Origin::LocalController | Origin::Api) | None => 0,
     }
 }
 

@@ -39,7 +39,7 @@ const EXIT_CODES: &str =
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Serve the Services of a folder of manifests on this node, until SIGTERM
+    /// Serve the Services of a cluster, or of a folder of manifests, on this node, until SIGTERM
     Run(run::Args),
     /// Play a private cluster on this machine, with real connections, a rolling update and a scale-up
     Demo(demo::Args),

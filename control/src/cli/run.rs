@@ -4,13 +4,22 @@ use std::io::IsTerminal as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 use clap::ValueEnum;
+use sluice_dataplane::table::Slots;
 use tracing_subscriber::EnvFilter;
 
-use crate::config::Config;
+use super::report::Report;
+use super::{WRONG, check, print};
+use crate::config::{Config, ConfigError};
 use crate::daemon;
+use crate::host::Host;
+use crate::publish::Publisher;
+use crate::source::Source;
+use crate::source::api::{self, Access};
+use crate::source::folder::Folder;
 
 /// Arguments of `sluice run`.
 #[derive(Debug, clap::Args)]
@@ -18,9 +27,11 @@ pub struct Args {
     /// Configuration file (YAML); flags override it
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Folder or file of manifests, watched for changes
-    #[arg(long, value_name = "DIR|FILE")]
-    manifests: PathBuf,
+    #[command(flatten)]
+    source: SourceArgs,
+    /// Read everything once, print what would be served, touch nothing; exit 1 when there are errors
+    #[arg(long)]
+    dry_run: bool,
     /// Name of the Node this runs on [default: the host name]
     #[arg(long, value_name = "NAME")]
     node_name: Option<String>,
@@ -50,6 +61,18 @@ pub struct Args {
     log_level: String,
 }
 
+/// Where objects come from. Without either: the API server of the cluster whose Pod this is.
+#[derive(Debug, clap::Args)]
+#[group(multiple = false)]
+struct SourceArgs {
+    /// Folder or file of manifests, watched for changes
+    #[arg(long, value_name = "DIR|FILE")]
+    manifests: Option<PathBuf>,
+    /// Kubeconfig of the API server to watch; without it and --manifests: the service account of the Pod this runs in
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+}
+
 /// Form of log lines.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum LogFormat {
@@ -70,13 +93,64 @@ pub fn run(args: Args) -> Result<ExitCode> {
     config.linger |= args.linger;
     config.workers = args.workers.or(config.workers);
     config.validate()?;
-    let filter = EnvFilter::try_new(&args.log_level).with_context(|| format!("--log-level {:?}", args.log_level))?;
+    let access = args.source.access()?;
+    // With an API server the controllers are the cluster's.
+    config.local_controllers &= access.is_none();
+    // The client logs every failed attempt; we say what it means.
+    let filter = EnvFilter::try_new(format!("kube_client=off,{}", args.log_level))
+        .with_context(|| format!("--log-level {:?}", args.log_level))?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match args.log_format {
         LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).with_target(false).init(),
         LogFormat::Json => log.json().init(),
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(daemon::run(config, &args.manifests))?;
-    Ok(ExitCode::SUCCESS)
+    runtime.block_on(async {
+        let source = source(&config, access, args.source.manifests).await?;
+        if args.dry_run {
+            return dry_run(config, source).await;
+        }
+        daemon::run(config, source).await?;
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+impl SourceArgs {
+    /// The API server to watch; none: there are manifests.
+    fn access(&self) -> Result<Option<Access>, ConfigError> {
+        match (&self.manifests, &self.kubeconfig) {
+            (Some(_), _) => Ok(None),
+            (None, Some(kubeconfig)) => Ok(Some(Access::Kubeconfig(kubeconfig.clone()))),
+            (None, None) => Access::in_cluster().map(Some).ok_or_else(|| {
+                let reason = "this runs in no Pod of a cluster: say --manifests DIR|FILE or --kubeconfig FILE";
+                ConfigError::new("source of objects", reason)
+            }),
+        }
+    }
+}
+
+async fn source(config: &Config, access: Option<Access>, manifests: Option<PathBuf>) -> Result<Source> {
+    let Some(access) = access else {
+        return Ok(Source::Folder(Folder::new(&manifests.unwrap_or_default(), config.prune)));
+    };
+    // A file that cannot be used is better said now than again and again later.
+    access.client().await.map_err(|error| ConfigError::new("access to the API server", format!("{error:#}")))?;
+    let (node_name, service_proxy_name) = (config.node_name(), config.service_proxy_name.clone());
+    let (node_patience, silence) = (api::NODE_PATIENCE, api::SILENCE);
+    Ok(Source::Api(api::Options { access, node_name, service_proxy_name, node_patience, silence }))
+}
+
+/// What the daemon would serve, as `sluice check` says it, of the first update alone.
+async fn dry_run(config: Config, source: Source) -> Result<ExitCode> {
+    let interfaces = Host::new()?.addresses().await?;
+    let (first, _) = source.open().await?;
+    let state_dir = config.state_dir.clone();
+    let mut publisher = Publisher::new(config, interfaces, Arc::new(Slots::new(1)));
+    if let Some(local) = publisher.local_controllers() {
+        local.load(&state_dir).with_context(|| format!("earlier allocations in {}", state_dir.display()))?;
+    }
+    publisher.first(first, std::iter::empty());
+    let report = Report::new(&publisher);
+    print(&check::text(&report, false))?;
+    Ok(ExitCode::from(if report.errors > 0 { WRONG } else { 0 }))
 }

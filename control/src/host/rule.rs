@@ -24,7 +24,8 @@ const TABLE_LOCAL: u32 = 255;
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 struct Rule {
     to: Option<IpNet>,
-    ports: Option<(Protocol, PortRange)>,
+    /// Destination ports, of one protocol or of all that have ports.
+    ports: Option<(Option<Protocol>, PortRange)>,
     from_link: bool,
     not_from_link: bool,
     marked: bool,
@@ -87,23 +88,25 @@ fn is_ours(rule: &Rule) -> bool {
 fn wanted(plan: &Plan, family: Family) -> Vec<Rule> {
     // What comes out of the packet path and is the node's own is delivered, never sent round again.
     let mut rules = vec![Rule { from_link: true, table: TABLE_LOCAL, ..Rule::default() }];
-    let to_ports = |to: IpNet, ports: PortRange| {
-        let rule =
-            move |protocol| Rule { to: Some(to), ports: Some((protocol, ports)), table: TABLE_ALL, ..Rule::default() };
-        [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].map(rule)
+    // Each rule is tried for each packet that is routed: few are better than exact ones.
+    let to_ports = |to: IpNet, ports: PortRange| Rule {
+        to: Some(to),
+        ports: Some((None, ports)),
+        table: TABLE_ALL,
+        ..Rule::default()
     };
     let of_family = |address: &IpAddr| Family::of(*address) == family;
     if let Some(ports) = plan.masquerade_ports {
-        rules.extend(plan.primary(family).into_iter().flat_map(|address| to_ports(address.into(), ports)));
+        rules.extend(plan.primary(family).into_iter().map(|address| to_ports(address.into(), ports)));
     }
     if let Some(ports) = plan.node_ports {
         let ranges = plan.node_port_addresses.iter().filter(|range| of_family(&range.addr()));
-        rules.extend(ranges.flat_map(|range| to_ports(*range, ports)));
+        rules.extend(ranges.map(|range| to_ports(*range, ports)));
     }
     let own = plan.own_frontends.iter().filter(|(address, ..)| of_family(address));
     rules.extend(own.map(|(address, protocol, port)| Rule {
         to: Some((*address).into()),
-        ports: Some((*protocol, PortRange::new(*port, *port))),
+        ports: Some((Some(*protocol), PortRange::new(*port, *port))),
         table: TABLE_ALL,
         ..Rule::default()
     }));
@@ -156,7 +159,7 @@ fn parse(message: &RuleMessage) -> Rule {
             _ => {}
         }
     }
-    rule.ports = protocol.zip(ports);
+    rule.ports = ports.map(|ports| (protocol, ports));
     rule
 }
 
@@ -177,7 +180,9 @@ async fn add(netlink: &Handle, rule: &Rule, family: Family) -> Result<()> {
         message.attributes.push(RuleAttribute::Destination(to.addr()));
     }
     if let Some((protocol, ports)) = rule.ports {
-        message.attributes.push(RuleAttribute::IpProtocol(IpProtocol::from(protocol as u8)));
+        if let Some(protocol) = protocol {
+            message.attributes.push(RuleAttribute::IpProtocol(IpProtocol::from(protocol as u8)));
+        }
         message
             .attributes
             .push(RuleAttribute::DestinationPortRange(RulePortRange { start: ports.first, end: ports.last }));

@@ -2,14 +2,66 @@
 
 use std::collections::BTreeMap;
 
+use anyhow::{Context as _, Result, bail};
 use k8s_openapi::api::core::v1::Node;
+use tokio::sync::mpsc;
 
+use self::folder::{Folder, Watch};
 use crate::object::{Key, Object};
 use crate::problem::{Origin, Problem};
 
+pub mod api;
 pub mod folder;
 pub mod manifest;
 mod watch;
+
+/// Updates that may wait.
+const QUEUE: usize = 64;
+
+/// Where the daemon's objects come from.
+#[derive(Debug)]
+pub enum Source {
+    /// A file or folder of manifests.
+    Folder(Folder),
+    /// The Kubernetes API.
+    Api(api::Options),
+}
+
+/// The updates of a source after the first, until it is dropped.
+#[derive(Debug)]
+pub struct Feed {
+    updates: mpsc::Receiver<Update>,
+    _watch: Option<Watch>,
+}
+
+impl Source {
+    /// The first update, which holds all there is, and those to come. With the API it may take as long as the API server.
+    pub async fn open(self) -> Result<(Update, Feed)> {
+        let (sender, mut updates) = mpsc::channel(QUEUE);
+        match self {
+            Self::Folder(mut folder) => {
+                if !folder.path().exists() {
+                    bail!("{}: no such file or folder", folder.path().display());
+                }
+                let first = folder.scan();
+                let watch = folder::watch(folder, sender)?;
+                Ok((first, Feed { updates, _watch: Some(watch) }))
+            }
+            Self::Api(options) => {
+                tokio::spawn(api::watch(options, sender));
+                let first = updates.recv().await.context("the watch of the Kubernetes API ended")?;
+                Ok((first, Feed { updates, _watch: None }))
+            }
+        }
+    }
+}
+
+impl Feed {
+    /// The next update.
+    pub async fn next(&mut self) -> Result<Update> {
+        self.updates.recv().await.context("the source of objects ended")
+    }
+}
 
 /// One change of one object.
 #[derive(Clone, Debug, PartialEq)]

@@ -1,6 +1,6 @@
 //! Builds the next table from the last: only what a changed Service owns is touched.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ahash::{AHashMap, AHashSet};
@@ -34,6 +34,10 @@ pub struct TableBuilder {
     port_slots: Numbers<PortName>,
     endpoint_slots: Numbers<EndpointName>,
     table: RoutingTable,
+    /// Who had an address last, of those that say who they are. As many entries as Pods have addresses.
+    holders: AHashMap<IpAddr, Uid>,
+    /// Endpoints of the last process that left, by address.
+    strangers: AHashMap<IpAddr, Vec<EndpointSlot>>,
 }
 
 /// What a Service has in the current table.
@@ -54,6 +58,8 @@ impl TableBuilder {
             endpoint_slots: Numbers::recover(&recovered.endpoints, is_gone),
             slots,
             services: AHashMap::new(),
+            holders: AHashMap::new(),
+            strangers: AHashMap::new(),
             claims: AHashMap::new(),
             table: RoutingTable::default(),
         }
@@ -189,6 +195,17 @@ impl TableBuilder {
         self.port_slots.synced();
     }
 
+    /// Tells where the flows of the last process go: an endpoint of its that did not come back has no name here, but when
+    /// somebody new has its address, it is gone. Call it once, after [`TableBuilder::synced`].
+    pub fn inherit(&mut self, flows: impl Iterator<Item = (IpAddr, EndpointSlot)>) {
+        for (ip, slot) in flows.filter(|(_, slot)| matches!(self.slots.life(*slot), Some(Life::Left { .. }))) {
+            let slots = self.strangers.entry(ip).or_default();
+            if !slots.contains(&slot) {
+                slots.push(slot);
+            }
+        }
+    }
+
     /// Gives slots that were retired before the last call, and whose endpoints have no flows, back for others. Call it now
     /// and then: between two calls every packet thread has seen a newer table.
     pub fn release_idle(&mut self) {
@@ -252,7 +269,26 @@ impl TableBuilder {
         let assign = |slot, identity| slots.assign_endpoint(EndpointSlot(slot), identity);
         let slot = EndpointSlot(self.endpoint_slots.intern(&name, is_gone, assign));
         slots.see(slot, endpoint.condition, endpoint.drain, spec.drain_timeout);
+        let ip = endpoint.address.ip();
+        if endpoint.uid != Uid::default() {
+            let before = self.holders.insert(ip, endpoint.uid);
+            // Whoever had the address and drains has it no more: not one more packet of his may go there.
+            if before.is_some_and(|before| before != endpoint.uid) {
+                let had = |name: &EndpointName| name.address.ip() == ip && self.is_anothers(name);
+                for (_, slot) in self.endpoint_slots.iter().filter(|(name, _)| had(name)) {
+                    slots.end_left(EndpointSlot(slot));
+                }
+            }
+            if before != Some(endpoint.uid) {
+                self.strangers.remove(&ip).into_iter().flatten().for_each(|slot| slots.end_left(slot));
+            }
+        }
         Endpoint { address: endpoint.address, slot }
+    }
+
+    /// Whether the endpoint's address is known to be another's by now.
+    fn is_anothers(&self, name: &EndpointName) -> bool {
+        name.uid != Uid::default() && self.holders.get(&name.address.ip()).is_some_and(|holder| *holder != name.uid)
     }
 
     /// Takes back what a Service had, except slots that `next` goes on using.
@@ -266,8 +302,12 @@ impl TableBuilder {
                 self.port_slots.retire(port);
                 continue;
             };
-            if let Some(slot) = self.endpoint_slots.retire(&EndpointName { port: port.clone(), address, uid }) {
+            let name = EndpointName { port: port.clone(), address, uid };
+            if let Some(slot) = self.endpoint_slots.retire(&name) {
                 self.slots.leave(EndpointSlot(slot));
+                if self.is_anothers(&name) {
+                    self.slots.end_left(EndpointSlot(slot));
+                }
             }
         }
     }

@@ -289,6 +289,14 @@ impl Slots {
         self.directory.lock().tell(slot, change, self.active(slot));
     }
 
+    /// An endpoint that left and drains has its address no more: it is gone.
+    pub(super) fn end_left(&self, slot: EndpointSlot) {
+        let mut watch = self.directory.lock();
+        if !watch.released && matches!(self.life(slot), Some(Life::Left { .. })) {
+            self.become_now(&mut watch, slot, Life::Gone(Cause::Terminated));
+        }
+    }
+
     /// The endpoint is in its slices no more.
     pub(super) fn leave(&self, slot: EndpointSlot) {
         let mut watch = self.directory.lock();

@@ -44,8 +44,13 @@ impl Model {
         };
     }
 
-    /// Somebody has the address: the same as ever, as long as it is not gone.
+    /// Somebody has the address: the same as ever, as long as it is not gone. Whoever had it before has it no more.
     fn arrive(&mut self, address: SocketAddr, uid: u64, condition: Condition) {
+        for (at, who, life) in &mut self.lives {
+            if *at == address && *who != uid && matches!(life, Life::Left(_)) {
+                *life = Life::Gone;
+            }
+        }
         let known = self.lives.iter().position(|(at, who, life)| *at == address && *who == uid && *life != Life::Gone);
         match known {
             Some(life) => self.lives[life].2 = Life::Present(condition),
@@ -193,6 +198,7 @@ fn sequence(seed: u64, tally: &mut Tally) {
                 path.now_ms = now_ms;
                 path.serve_all(Protocol::Tcp, model.specs());
                 path.builder.synced();
+                path.builder.inherit(path.shared.flows().map(|flow| (flow.endpoint.ip(), flow.endpoint_slot)));
                 tally.restarts += 1;
             }
             5..=6 => tally.opened += usize::from(open(&mut model, &mut path, 1_000 + step as u16)),

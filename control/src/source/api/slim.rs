@@ -1,0 +1,109 @@
+//! Objects without what we never read: it is most of their size, and changes most often.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1::{Node, NodeStatus, Service, ServiceStatus};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::ServiceCIDR;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use serde::de::DeserializeOwned;
+
+use crate::object::Object;
+
+/// Prefix of annotations of ours.
+const OURS: &str = "sluice.dev/";
+/// When the change of endpoints that a slice tells of was triggered.
+const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
+
+/// A kind that is watched.
+pub(super) trait Watched:
+    kube::Resource<DynamicType = ()> + DeserializeOwned + Clone + Debug + Send + 'static
+{
+    /// With only what is read.
+    fn slim(self) -> Object;
+}
+
+impl Watched for Service {
+    fn slim(mut self) -> Object {
+        slim(&mut self.metadata);
+        let load_balancer = self.status.take().and_then(|status| status.load_balancer);
+        self.status = load_balancer.map(|it| ServiceStatus { load_balancer: Some(it), ..ServiceStatus::default() });
+        Object::Service(Arc::new(self))
+    }
+}
+
+impl Watched for EndpointSlice {
+    fn slim(mut self) -> Object {
+        slim(&mut self.metadata);
+        Object::EndpointSlice(Arc::new(self))
+    }
+}
+
+impl Watched for Node {
+    fn slim(mut self) -> Object {
+        slim(&mut self.metadata);
+        let addresses = self.status.take().and_then(|status| status.addresses);
+        self.status = addresses.map(|it| NodeStatus { addresses: Some(it), ..NodeStatus::default() });
+        Object::Node(Arc::new(self))
+    }
+}
+
+impl Watched for ServiceCIDR {
+    fn slim(mut self) -> Object {
+        slim(&mut self.metadata);
+        self.status = None;
+        Object::ServiceCidr(Arc::new(self))
+    }
+}
+
+fn slim(metadata: &mut ObjectMeta) {
+    let whole = std::mem::take(metadata);
+    let mut annotations = whole.annotations.unwrap_or_default();
+    annotations.retain(|name, _| name.starts_with(OURS) || name == TRIGGER_TIME);
+    *metadata = ObjectMeta {
+        namespace: whole.namespace,
+        name: whole.name,
+        labels: whole.labels,
+        annotations: Some(annotations).filter(|annotations| !annotations.is_empty()),
+        creation_timestamp: whole.creation_timestamp,
+        deletion_timestamp: whole.deletion_timestamp,
+        ..ObjectMeta::default()
+    };
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    #[test]
+    fn what_is_read_stays_and_the_rest_goes() {
+        let metadata = |annotations: Value| {
+            json!({"name": "a", "namespace": "n", "labels": {"l": "1"}, "creationTimestamp": "2026-01-01T00:00:00Z",
+                "deletionTimestamp": "2026-01-02T00:00:00Z", "resourceVersion": "7", "generation": 3, "uid": "u",
+                "finalizers": ["f"], "ownerReferences": [{"apiVersion": "v1", "kind": "K", "name": "o", "uid": "o"}],
+                "managedFields": [{"manager": "m"}], "annotations": annotations})
+        };
+        let slimmed = json!({"name": "a", "namespace": "n", "labels": {"l": "1"}, "creationTimestamp": "2026-01-01T00:00:00Z",
+            "deletionTimestamp": "2026-01-02T00:00:00Z",
+            "annotations": {"sluice.dev/retry": "off", TRIGGER_TIME: "2026-01-01T00:00:00Z"}});
+        let annotations =
+            json!({"sluice.dev/retry": "off", TRIGGER_TIME: "2026-01-01T00:00:00Z", "kubectl/last": "{}"});
+        let slice = json!({"metadata": metadata(annotations), "addressType": "IPv4", "endpoints": []});
+        let slice: EndpointSlice = serde_json::from_value(slice).unwrap();
+        let Object::EndpointSlice(slice) = slice.slim() else { panic!("another kind") };
+        assert_eq!(serde_json::to_value(&slice.metadata).unwrap(), slimmed);
+
+        let node = json!({"metadata": metadata(json!({"other": "x"})), "spec": {"podCIDRs": ["10.0.0.0/24"]}, "status": {
+            "addresses": [{"type": "InternalIP", "address": "10.0.0.1"}], "images": [{"names": ["i"]}],
+            "conditions": [{"type": "Ready", "status": "True"}]}});
+        let node: Node = serde_json::from_value(node).unwrap();
+        let Object::Node(node) = node.slim() else { panic!("another kind") };
+        assert_eq!(node.metadata.annotations, None);
+        let rest = json!({"addresses": [{"type": "InternalIP", "address": "10.0.0.1"}]});
+        assert_eq!(serde_json::to_value(&node.status).unwrap(), rest);
+        assert_eq!(serde_json::to_value(&node.spec).unwrap(), json!({"podCIDRs": ["10.0.0.0/24"]}));
+    }
+}
