@@ -10,7 +10,6 @@ pub mod probe;
 pub mod sctp;
 pub mod stage;
 pub mod talk;
-pub mod web;
 
 use std::path::PathBuf;
 
