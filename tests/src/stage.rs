@@ -139,6 +139,15 @@ pub fn ready(number: u8) -> Endpoint {
     Endpoint::ready(&format!("web-{number}"), &addresses(number)).with_uid(&format!("uid-{number}"))
 }
 
+/// TCP segments that came to a namespace so far.
+pub fn segments(ns: &NetNs) -> Result<u64> {
+    let text = ns.run(|| Ok(std::fs::read_to_string("/proc/thread-self/net/snmp")?))?;
+    let mut lines = text.lines().filter(|line| line.starts_with("Tcp:")).map(|line| line.split_whitespace());
+    let (names, values) = (lines.next().context("no names")?, lines.next().context("no values")?);
+    let (_, value) = names.zip(values).find(|(name, _)| *name == "InSegs").context("no InSegs")?;
+    Ok(value.parse()?)
+}
+
 /// Runs a program inside a namespace.
 pub fn run(ns: &NetNs, program: &str, arguments: &[&str]) -> Result<()> {
     let output = ns.command(program).args(arguments).output()?;

@@ -5,7 +5,6 @@
 
 mod restart;
 
-use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,7 +13,7 @@ use serde_json::json;
 use sluice_bench::client::Failure;
 use sluice_tests::can_run_in_namespaces;
 use sluice_tests::cluster::SOON;
-use sluice_tests::stage::{Stage, ready, run};
+use sluice_tests::stage::{Stage, ready, run, segments};
 use sluice_tests::talk::{Plan, Talk, Told};
 
 /// What must end ends within this time of the change.
@@ -200,17 +199,11 @@ fn who_has_an_address_next_gets_nothing_of_old_connections() {
     stage.add(1).unwrap();
     let ns = stage.talkers[&1].pod.ns.clone();
     thread::sleep(Duration::from_secs(2));
-    let segments = || -> u64 {
-        let text = ns.run(|| Ok(fs::read_to_string("/proc/thread-self/net/snmp")?)).unwrap();
-        let mut lines = text.lines().filter(|line| line.starts_with("Tcp:")).map(|line| line.split_whitespace());
-        let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
-        names.zip(values).find(|(name, _)| *name == "InSegs").unwrap().1.parse().unwrap()
-    };
-    assert_eq!((segments(), stage.talkers[&1].listener.received()), (0, 0), "not one packet came");
+    assert_eq!((segments(&ns).unwrap(), stage.talkers[&1].listener.received()), (0, 0), "not one packet came");
     let opening = Talk::start(&stage.client.ns, short(&stage, 4)).unwrap();
     opening.wait_for(SOON, |told| told.by.contains(&1)).unwrap();
     assert_unharmed(&opening.stop(), "new connections to the new Pod");
-    assert!(segments() > 0);
+    assert!(segments(&ns).unwrap() > 0);
     run(&stage.cluster.topology.client, "nft", &["delete", "table", "inet", "deaf"]).unwrap();
     staying.wait_for(PATIENCE, |told| told.ended.len() == of_first).unwrap();
     assert!(staying.stop().ended.iter().all(|end| end.by == 1));

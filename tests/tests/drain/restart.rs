@@ -13,10 +13,11 @@ use sluice_bench::client::{Connection, Failure};
 use sluice_bench::pattern::Pattern;
 use sluice_bench::serve::PodServer;
 use sluice_tests::cluster::SOON;
-use sluice_tests::stage::{ENDPOINT, Stage, addresses, ready};
+use sluice_tests::stage::{ENDPOINT, Stage, Talker, addresses, ready, segments};
+use sluice_tests::talk::Talk;
 use sluice_tests::{can_run_in_namespaces, manifests};
 
-use super::{PATIENCE, assert_unharmed, size, start_long};
+use super::{PATIENCE, assert_unharmed, short, size, start_long};
 
 /// Does something to the daemon again and again under connections and a transfer. With these flags, from the first time on.
 fn disturb(what: &str, arguments: &[&str], disturb: impl Fn(&mut Stage)) {
@@ -140,4 +141,52 @@ fn a_start_tells_nothing_of_endpoints_that_had_no_flows() {
         assert!(!log.contains("endpoint"), "{log}");
     }
     assert!(!stage.cluster.log().contains("drained"), "{}", stage.cluster.log());
+}
+
+/// Nobody runs while an address changes hands: the next process ends what was for the one before.
+#[test]
+fn an_address_that_changes_hands_while_the_daemon_is_down_inherits_nothing() {
+    if !can_run_in_namespaces("an address that is used again while nobody sees it") {
+        return;
+    }
+    // Clients of Pod 1 are established or draining when the daemon is killed, of Pod 2 established. Pod 3 stays.
+    for drains in [false, true] {
+        let mut stage = Stage::new([1, 2, 3], "").unwrap();
+        let staying = start_long(&stage, 24);
+        let by = staying.so_far().by;
+        let of = |number: u64| by.iter().filter(|by| **by == number).count();
+        assert!(of(1) > 0 && of(2) > 0 && of(3) > 0, "{by:?}");
+        if drains {
+            stage.change(&[ready(2), ready(3)]).unwrap();
+            assert_eq!(stage.endpoint(1).unwrap().unwrap()["state"], "draining");
+        }
+        stage.cluster.stop(Signal::SIGKILL).unwrap();
+        // What the Pods' clients send meanwhile waits, or is sent again, and must not be for who comes now.
+        for number in [1, 2] {
+            stage.remove(number).unwrap();
+            stage.add(number).unwrap();
+        }
+        stage.publish(&[ready(1).with_uid("other-1"), ready(2).with_uid("other-2"), ready(3)]).unwrap();
+        stage.cluster.start().unwrap();
+        let lost = of(1) + of(2);
+        staying.wait_for(SOON, |told| told.ended.len() == lost).unwrap();
+        let told = staying.stop();
+        assert!(told.ended.iter().all(|end| end.by != 3 && end.how == Failure::Reset), "{:?}", told.ended);
+        assert_eq!((&told.failed[..], told.wrong), (&[][..], 0));
+        let heard = |number: u8| {
+            let Talker { pod, listener } = &stage.talkers[&number];
+            (segments(&pod.ns).unwrap(), listener.received())
+        };
+        // The daemon tells the endpoint's end too, which is the one thing that comes: a RST for each.
+        for (number, resets) in [(1, of(1)), (2, of(2))] {
+            let (segments, bytes) = heard(number);
+            assert!(segments <= resets as u64 && bytes == 0, "{segments} segments, {bytes} bytes, {resets} resets");
+        }
+        let opening = Talk::start(&stage.client.ns, short(&stage, 4)).unwrap();
+        opening.wait_for(SOON, |told| told.by.contains(&1) && told.by.contains(&2)).unwrap();
+        assert_unharmed(&opening.stop(), "new connections to the new Pods");
+        println!(
+            "Pods replaced while the daemon was down (draining: {drains}): {lost} connections reset, 0 bytes to the new ones"
+        );
+    }
 }
