@@ -40,6 +40,41 @@ fn a_clean_stop_leaves_the_host_as_it_was_and_a_crash_is_repaired() {
 }
 
 #[test]
+fn what_somebody_else_takes_away_is_put_back_and_counted() {
+    if !can_run_in_namespaces("repairs of the host") {
+        return;
+    }
+    let mut cluster = Cluster::with_web(1).unwrap();
+    let repairs = |what: &str| cluster.metric(&format!("sluice_host_repairs_total{{object=\"{what}\"}}")).unwrap();
+    let during = cluster.host_state().unwrap();
+    for (done, command) in [
+        "delete table inet sluice",
+        "flush chain inet sluice marked",
+        "add chain inet sluice more",
+        "flush set inet sluice reserved_ports",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        assert_eq!(repairs("nftables table"), done as f64, "before {command}");
+        cluster.output("nft", &[command]).unwrap();
+        let deadline = std::time::Instant::now() + SOON;
+        while repairs("nftables table") <= done as f64 {
+            assert!(std::time::Instant::now() < deadline, "{command}: {}", cluster.log());
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        assert_eq!(masked(&cluster.host_state().unwrap()), masked(&during), "{command}");
+        assert!(answers(&cluster));
+    }
+    assert!(cluster.log().contains("put right what somebody else changed"));
+    // What it noted there, the daemon knows without it.
+    cluster.output("nft", &["delete table inet sluice"]).unwrap();
+    assert_eq!(cluster.stop(Signal::SIGTERM).unwrap(), Some(0), "{}", cluster.log());
+    let path = "/proc/sys/net/ipv4/ip_local_reserved_ports";
+    assert_eq!(cluster.topology.node.run(|| Ok(std::fs::read_to_string(path)?)).unwrap().trim(), "");
+}
+
+#[test]
 fn an_address_that_goes_loses_its_route() {
     if !can_run_in_namespaces("routes of addresses that come and go") {
         return;
