@@ -39,6 +39,7 @@ pub struct Cluster {
     folder: tempfile::TempDir,
     daemon: Option<Child>,
     arguments: Vec<String>,
+    environment: Vec<(String, PathBuf)>,
     kubeconfig: Option<PathBuf>,
 }
 
@@ -49,8 +50,15 @@ impl Cluster {
         fs::create_dir(folder.path().join("manifests"))?;
         fs::write(folder.path().join("config.yaml"), "localControllers: false\n")?;
         let topology = Topology::new(TopologyConfig::default())?;
-        let cluster =
-            Self { topology, pods: Vec::new(), folder, daemon: None, arguments: Vec::new(), kubeconfig: None };
+        let cluster = Self {
+            topology,
+            pods: Vec::new(),
+            folder,
+            daemon: None,
+            arguments: Vec::new(),
+            environment: Vec::new(),
+            kubeconfig: None,
+        };
         let addresses: Vec<IpAddr> = cluster.topology.config.node.iter().map(ipnet::IpNet::addr).collect();
         cluster.write("node.json", &[manifests::node(&addresses)])?;
         Ok(cluster)
@@ -70,6 +78,11 @@ impl Cluster {
     /// Flags that every later start of the daemon gets too.
     pub fn arguments(&mut self, arguments: &[&str]) {
         self.arguments = arguments.iter().map(|text| (*text).to_owned()).collect();
+    }
+
+    /// A variable that every later start of the daemon has in its environment.
+    pub fn environment(&mut self, name: &str, value: &std::path::Path) {
+        self.environment.push((name.to_owned(), value.into()));
     }
 
     /// Every later start of the daemon watches an API server instead of the folder.
@@ -129,7 +142,7 @@ impl Cluster {
     #[must_use]
     pub fn run_command(&self, state: &str) -> Command {
         let mut command = self.topology.node.command(sluice_binary());
-        command.arg("run");
+        command.arg("run").envs(self.environment.iter().cloned());
         match &self.kubeconfig {
             Some(kubeconfig) => command.arg("--kubeconfig").arg(kubeconfig),
             None => command.arg("--manifests").arg(self.manifests()),

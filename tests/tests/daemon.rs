@@ -164,6 +164,31 @@ fn a_daemon_that_lingers_ends_when_told_and_harms_nothing() {
     assert_eq!(cluster.stop(Signal::SIGTERM).unwrap(), Some(0), "{}", cluster.log());
 }
 
+/// What systemd is told by a unit of `Type=notify`.
+#[test]
+fn a_supervisor_is_told_when_it_serves_and_when_it_stops() {
+    if !can_run_in_namespaces("sd_notify") {
+        return;
+    }
+    let mut cluster = Cluster::new().unwrap();
+    cluster.add_pod(1).unwrap();
+    cluster.publish_web(0..1).unwrap();
+    let path = cluster.manifests().with_file_name("notify");
+    let socket = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    socket.set_read_timeout(Some(SOON)).unwrap();
+    let told = || {
+        let mut text = [0; 512];
+        let length = socket.recv(&mut text).expect("something is told in time");
+        String::from_utf8_lossy(&text[..length]).into_owned()
+    };
+    cluster.environment("NOTIFY_SOCKET", &path);
+    cluster.start().unwrap();
+    assert!(told().contains("READY=1"));
+    assert!(answers(&cluster), "it serves, and does not only run");
+    assert_eq!(cluster.stop(Signal::SIGTERM).unwrap(), Some(0));
+    assert!(told().contains("STOPPING=1"));
+}
+
 #[test]
 fn a_bad_file_is_named_and_changes_nothing() {
     if !can_run_in_namespaces("bad manifests in a running daemon") {

@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::Duration;
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use sluice_bench::client::{Connection, Failure};
 use sluice_bench::pattern::Pattern;
 use sluice_bench::serve::PodServer;
@@ -19,22 +20,19 @@ use sluice_tests::{can_run_in_namespaces, manifests};
 
 use super::{PATIENCE, assert_unharmed, short, size, start_long};
 
-/// Does something to the daemon again and again under connections and a transfer. With these flags, from the first time on.
-fn disturb(what: &str, arguments: &[&str], disturb: impl Fn(&mut Stage)) {
+/// Does something to the daemon, with this in its configuration, again and again under connections and a transfer.
+fn disturb(what: &str, config: &str, disturb: impl Fn(&mut Stage)) {
     if !can_run_in_namespaces(what) {
         return;
     }
     let (times, clients) = (size(3, 20), size(40, 500));
-    let mut stage = Stage::new([1, 2, 3], "serviceCIDRs: [10.96.0.0/16]\n").unwrap();
+    let mut stage = Stage::new([1, 2, 3], &format!("serviceCIDRs: [10.96.0.0/16]\n{config}")).unwrap();
     let pod = stage.cluster.topology.add_pod("bulk", &addresses(100)).unwrap();
     let _server = PodServer::start(&pod.ns, "bulk", &[ENDPOINT], &[]).unwrap();
     let objects = [vec![manifests::service("bulk", 20)], manifests::slices_of("bulk", &[ready(100)])].concat();
     let generation = stage.cluster.generation().unwrap();
     stage.cluster.write("bulk.json", &objects).unwrap();
     stage.cluster.wait_for_table_after(generation).unwrap();
-
-    stage.cluster.arguments(arguments);
-    disturb(&mut stage);
 
     let staying = start_long(&stage, clients);
     let stop = Arc::new(AtomicBool::new(false));
@@ -77,7 +75,7 @@ fn disturb(what: &str, arguments: &[&str], disturb: impl Fn(&mut Stage)) {
 
 #[test]
 fn killed_daemons_lose_no_connection() {
-    disturb("kill -9", &[], |stage| {
+    disturb("kill -9", "", |stage| {
         stage.cluster.stop(Signal::SIGKILL).unwrap();
         stage.cluster.start().unwrap();
     });
@@ -85,14 +83,25 @@ fn killed_daemons_lose_no_connection() {
 
 #[test]
 fn upgrades_lose_no_connection() {
-    disturb("take-over", &[], |stage| assert_eq!(stage.cluster.take_over().unwrap(), Some(0)));
+    disturb("take-over", "", |stage| assert_eq!(stage.cluster.take_over().unwrap(), Some(0)));
 }
 
 #[test]
 fn restarts_lose_no_connection_where_a_stop_leaves_all() {
-    disturb("restart", &["--leave-on-stop"], |stage| {
+    disturb("restart", "leaveOnStop: true\n", |stage| {
         assert_eq!(stage.cluster.stop(Signal::SIGTERM).unwrap(), Some(0));
         stage.cluster.start().unwrap();
+    });
+}
+
+/// As `maxSurge: 1` does it: the new Pod starts beside the old one, which is told to end when the new one is ready.
+#[test]
+fn rolling_updates_as_of_a_daemon_set_lose_no_connection() {
+    disturb("rolling update of a DaemonSet", "linger: true\nleaveOnStop: true\n", |stage| {
+        let mut old = stage.cluster.take_over_from_lingering().unwrap();
+        assert!(stage.cluster.admin("/healthz").is_ok() && old.try_wait().unwrap().is_none(), "the old one waits");
+        kill(Pid::from_raw(old.id().try_into().unwrap()), Signal::SIGTERM).unwrap();
+        assert_eq!(old.wait().unwrap().code(), Some(0));
     });
 }
 
