@@ -91,7 +91,11 @@ impl Stage {
         let refuse = "table inet closing { chain in { type filter hook input priority 0; \
              tcp dport 8080 tcp flags & (syn | ack) == syn reject with tcp reset; }; }";
         run(&talker.pod.ns, "nft", &["add", refuse])?;
-        std::thread::sleep(Duration::from_millis(100));
+        let deadline = Instant::now() + SOON;
+        while has_waiting(&talker.pod.ns)? {
+            ensure!(Instant::now() < deadline, "connections wait to be accepted");
+            std::thread::sleep(Duration::from_millis(5));
+        }
         talker.listener.close();
         run(&talker.pod.ns, "nft", &["delete", "table", "inet", "closing"])
     }
@@ -137,6 +141,18 @@ pub fn addresses(number: u8) -> [IpAddr; 2] {
 #[must_use]
 pub fn ready(number: u8) -> Endpoint {
     Endpoint::ready(&format!("web-{number}"), &addresses(number)).with_uid(&format!("uid-{number}"))
+}
+
+/// Whether a namespace has connections to servers of ours that are half open or wait to be accepted.
+fn has_waiting(ns: &NetNs) -> Result<bool> {
+    let read = |name: &str| std::fs::read_to_string(format!("/proc/thread-self/net/{name}"));
+    let text = ns.run(|| Ok(read("tcp")? + &read("tcp6")?))?;
+    let port = format!(":{ENDPOINT:04X}");
+    Ok(text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>()).any(|fields| {
+        let [_, local, _, state, queues, ..] = fields[..] else { return false };
+        // SYN_RECV; or LISTEN, of which the second number counts those that wait.
+        local.ends_with(&port) && (state == "03" || (state == "0A" && !queues.ends_with(":00000000")))
+    }))
 }
 
 /// TCP segments that came to a namespace so far.
