@@ -62,6 +62,9 @@ pub struct Config {
     pub flow_table_size: usize,
     /// Leave host state and link at a clean stop as after a crash: a start soon after goes on with every flow.
     pub leave_on_stop: bool,
+    /// After handing over to another daemon wait for SIGTERM, instead of ending: for a supervisor that starts again whatever
+    /// ends, which would then take over in turn.
+    pub linger: bool,
     /// Where flows, drains and allocations are kept; best on a tmpfs.
     pub state_dir: PathBuf,
     /// Where metrics and the admin API listen.
@@ -93,6 +96,7 @@ impl Default for Config {
             workers: None,
             flow_table_size: 1_000_000,
             leave_on_stop: false,
+            linger: false,
             state_dir: PathBuf::from("/run/sluice"),
             admin: SocketAddr::from(([127, 0, 0, 1], 10249)),
             health: SocketAddr::from(([0, 0, 0, 0], 10256)),
@@ -308,7 +312,7 @@ mod tests {
         let text = "apiVersion: sluice.dev/v1alpha1\nkind: SluiceConfiguration\nnodeName: n\nclusterCIDRs: [10.0.0.0/8]\n\
             serviceCIDRs: [10.96.0.0/16]\nlocalControllers: false\nprune: true\nnodePortAddresses: [primary, 10.0.0.0/8]\n\
             nodePortRange: 30000-30100\nmasqueradePorts: 61000-62000\nmasqueradeAll: true\nserviceProxyName: x\n\
-            balancing: round-robin\ndrain: {timeout: never}\nretry: false\nslowStart: 5s\nejectAfter: 3\nworkers: 2\nflowTableSize: 10\nleaveOnStop: true\nstateDir: /tmp/x\nadmin: 127.0.0.1:1\nhealth: '[::]:2'\n";
+            balancing: round-robin\ndrain: {timeout: never}\nretry: false\nslowStart: 5s\nejectAfter: 3\nworkers: 2\nflowTableSize: 10\nleaveOnStop: true\nlinger: true\nstateDir: /tmp/x\nadmin: 127.0.0.1:1\nhealth: '[::]:2'\n";
         let config = Config::parse(text).unwrap();
         assert_eq!(config.node_port_addresses.len(), 2);
         assert_eq!(config.node_port_range, PortRange::new(30000, 30100));

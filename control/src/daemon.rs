@@ -12,7 +12,7 @@ use sluice_dataplane::flow::{FlowFile, Found};
 use sluice_dataplane::net::Family;
 use sluice_dataplane::packet_path::{PacketPath, Settings, Shared, Tun};
 use sluice_dataplane::table::RoutingTable;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::config::Config;
 use crate::drains::Drains;
@@ -53,11 +53,12 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
     lives::forget(&state);
     let path = PacketPath::start(tun, Arc::clone(&shared)).context("cannot start the packet threads")?;
     // The daemon that handed over reads no packet any more: ours need not wait until it has ended, but the host must.
-    let _namespace = match standing {
+    let namespace = match standing {
         Standing::Alone(held) => held,
         Standing::TakingOver => lock::succeed().await?,
     };
     state.report();
+    let mut signals = Signals::new()?;
     let mut daemon = Daemon {
         state,
         host,
@@ -68,12 +69,17 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
         planned: None,
     };
     let served = match daemon.set_up_host().await {
-        Ok(()) => daemon.serve(feed, &path).await,
+        Ok(()) => daemon.serve(feed, &path, &mut signals).await,
         Err(error) => Err(error),
     };
     let _ = sd_notify::notify(&[NotifyState::Stopping]);
     if shared.is_superseded() {
         tracing::info!("another daemon took over");
+        if daemon.state.config.linger {
+            // The other one waits for these.
+            drop((path, namespace, daemon));
+            signals.received().await;
+        }
         return Ok(());
     }
     if daemon.state.config.leave_on_stop && served.is_ok() {
@@ -86,6 +92,26 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
     removed?;
     tracing::info!("stopped; nothing of ours is left on the host");
     Ok(())
+}
+
+/// What ends the daemon.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    /// Waits for one.
+    async fn received(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
 }
 
 /// The publisher, with what an earlier process left for it.
@@ -210,20 +236,25 @@ impl Daemon {
         Ok(())
     }
 
-    async fn serve(&mut self, mut feed: Feed, path: &PacketPath) -> Result<()> {
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let _servers = admin::serve(&self.state)?;
+    async fn serve(&mut self, feed: Feed, path: &PacketPath, signals: &mut Signals) -> Result<()> {
+        let mut servers = admin::serve(&self.state)?;
         let _ = sd_notify::notify(&[NotifyState::Ready]);
         let table = self.state.shared.table();
         tracing::info!(frontends = table.len(), admin = %self.state.config.admin, "serving");
+        let served = self.work(feed, path, signals).await;
+        // A daemon that takes over wants their ports.
+        servers.shutdown().await;
+        served
+    }
+
+    /// Takes in updates and looks after host and packet path, until a signal comes or another daemon takes over.
+    async fn work(&mut self, mut feed: Feed, path: &PacketPath, signals: &mut Signals) -> Result<()> {
         let mut look = tokio::time::interval(LOOK_INTERVAL);
         let mut unreported = false;
         let mut watch_path = tokio::time::interval(PATH_INTERVAL);
         loop {
             tokio::select! {
-                _ = terminate.recv() => return Ok(()),
-                _ = interrupt.recv() => return Ok(()),
+                () = signals.received() => return Ok(()),
                 update = feed.next() => {
                     self.update(update?).await?;
                     unreported = true;

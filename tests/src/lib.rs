@@ -8,7 +8,8 @@ pub mod manifests;
 pub mod naive;
 pub mod probe;
 pub mod sctp;
-pub mod web;
+pub mod stage;
+pub mod talk;
 
 use std::path::PathBuf;
 

@@ -47,6 +47,9 @@ pub struct Args {
     /// At a clean stop leave everything as after a crash, for a start soon after
     #[arg(long)]
     leave_on_stop: bool,
+    /// After handing over to another daemon wait for SIGTERM instead of ending, as in a DaemonSet
+    #[arg(long)]
+    linger: bool,
     /// Packet threads [default: one for each CPU, at most 8]
     #[arg(long, value_name = "N")]
     workers: Option<usize>,
@@ -87,6 +90,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     config.health = args.health.unwrap_or(config.health);
     config.state_dir = args.state_dir.unwrap_or(config.state_dir);
     config.leave_on_stop |= args.leave_on_stop;
+    config.linger |= args.linger;
     config.workers = args.workers.or(config.workers);
     config.validate()?;
     let access = args.source.access()?;

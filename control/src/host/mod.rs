@@ -40,13 +40,23 @@ pub struct Host {
     netlink: rtnetlink::Handle,
     connection: JoinHandle<()>,
     plan: Plan,
+    /// Our nftables table as we left it.
+    table: Option<nft::Table>,
+    /// What we changed of the kernel's settings, should the table be taken away that notes it.
+    noted: nft::Noted,
 }
 
 impl Host {
     /// Opens the connection. Changes nothing.
     pub fn new() -> anyhow::Result<Self> {
         let (connection, netlink, _) = rtnetlink::new_connection()?;
-        Ok(Self { netlink, connection: tokio::spawn(connection), plan: Plan::default() })
+        Ok(Self {
+            netlink,
+            connection: tokio::spawn(connection),
+            plan: Plan::default(),
+            table: None,
+            noted: nft::Noted::default(),
+        })
     }
 
     /// The plan in force.
@@ -63,16 +73,17 @@ impl Host {
     /// Brings the host to this plan, whatever it is at now. Returns what had to be changed: empty when all was right.
     pub async fn apply(&mut self, plan: Plan) -> anyhow::Result<Vec<String>> {
         let mut changes = link::set_up(&self.netlink).await?;
-        let noted = nft::noted()?;
+        let found = nft::read()?;
         let (reserved, early_demux) = (sysctl::reserved_ports(), sysctl::early_demux());
         let wanted: BTreeSet<u16> = plan.masquerade_ports.into_iter().flat_map(PortRange::range).collect();
         let missing: BTreeSet<u16> = wanted.difference(&reserved).copied().collect();
-        if self.plan != plan || noted.is_none() || !missing.is_empty() || early_demux {
+        if self.plan != plan || found.is_none() || self.table != found || !missing.is_empty() || early_demux {
             // What we change is noted in our nftables table first: only so can it be told from what others changed.
-            let mut noted = noted.unwrap_or_default();
-            noted.reserved.extend(&missing);
-            noted.early_demux |= early_demux;
-            if nft::apply(&plan, &noted)? {
+            let noted = found.as_ref().map(nft::Table::noted).unwrap_or_default();
+            self.noted.reserved.extend(noted.reserved.iter().chain(&missing));
+            self.noted.early_demux |= noted.early_demux || early_demux;
+            self.table = nft::apply(&plan, &self.noted)?;
+            if self.table != found {
                 changes.push("nftables table".to_owned());
             }
         }
@@ -99,16 +110,23 @@ impl Host {
     pub async fn clean_up(&mut self) -> anyhow::Result<Vec<String>> {
         let mut removed = rule::remove(&self.netlink).await?;
         removed.extend(route::remove(&self.netlink).await?);
-        if let Some(ours) = nft::noted()? {
+        let found = nft::read()?;
+        let mut ours = std::mem::take(&mut self.noted);
+        let noted = found.as_ref().map(nft::Table::noted).unwrap_or_default();
+        ours.reserved.extend(noted.reserved);
+        ours.early_demux |= noted.early_demux;
+        if !ours.reserved.is_empty() {
             let left = sysctl::reserved_ports().difference(&ours.reserved).copied().collect();
             sysctl::set_reserved_ports(&left)?;
-            if ours.early_demux {
-                sysctl::set_early_demux(true)?;
-            }
+        }
+        if ours.early_demux {
+            sysctl::set_early_demux(true)?;
+        }
+        if found.is_some() {
             nft::remove()?;
             removed.push("nftables table".to_owned());
         }
-        self.plan = Plan::default();
+        (self.plan, self.table) = Default::default();
         Ok(removed)
     }
 

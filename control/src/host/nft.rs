@@ -6,7 +6,6 @@ use std::fmt::Write as _;
 use std::io::Write as _;
 use std::net::IpAddr;
 use std::process::{Command, Stdio};
-use std::sync::Mutex;
 
 use anyhow::{Context as _, Result};
 use serde_json::Value;
@@ -32,35 +31,58 @@ pub(super) struct Noted {
     pub(super) early_demux: bool,
 }
 
-/// What our table on this host notes; nothing when it is not there.
-pub(super) fn noted() -> Result<Option<Noted>> {
-    let tables = list(&["tables", "inet"])?;
-    let is_ours = |entry: &Value| entry["table"]["name"] == TABLE;
-    if !tables["nftables"].as_array().is_some_and(|entries| entries.iter().any(is_ours)) {
-        return Ok(None);
+/// Our table as the kernel has it, but for the numbers that it gives to everything.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Table(Vec<Value>);
+
+/// Our table on this host; nothing when it is not there.
+pub(super) fn read() -> Result<Option<Table>> {
+    match list(&["table", "inet", TABLE]) {
+        Ok(mut listing) => Ok(Some(Table::new(&mut listing))),
+        Err(error) => {
+            let tables = list(&["tables", "inet"])?;
+            let is_ours = |entry: &Value| entry["table"]["name"] == TABLE;
+            let is_there = tables["nftables"].as_array().is_some_and(|entries| entries.iter().any(is_ours));
+            if is_there { Err(error) } else { Ok(None) }
+        }
     }
-    let table = list(&["table", "inet", TABLE])?;
-    let sets = || table["nftables"].as_array().into_iter().flatten().map(|entry| &entry["set"]);
+}
+
+impl Table {
+    fn new(listing: &mut Value) -> Self {
+        let mut entries = listing["nftables"].as_array_mut().map(std::mem::take).unwrap_or_default();
+        for object in entries.iter_mut().filter_map(Value::as_object_mut).flat_map(|entry| entry.values_mut()) {
+            if let Some(object) = object.as_object_mut() {
+                object.remove("handle");
+            }
+        }
+        Self(entries)
+    }
+
+    /// What it notes.
+    pub(super) fn noted(&self) -> Noted {
+        noted(&self.0)
+    }
+}
+
+fn noted(entries: &[Value]) -> Noted {
+    let sets = || entries.iter().map(|entry| &entry["set"]);
     let elements = sets().filter(|set| set["name"] == RESERVED).filter_map(|set| set["elem"].as_array()).flatten();
     let port = |value: &Value| u16::try_from(value.as_u64()?).ok();
     let range = |element: &Value| match element["range"].as_array() {
         Some(ends) => Some(port(ends.first()?)?..=port(ends.get(1)?)?),
         None => port(element).map(|port| port..=port),
     };
-    Ok(Some(Noted {
+    Noted {
         reserved: elements.filter_map(range).flatten().collect(),
         early_demux: sets().any(|set| set["name"] == EARLY_DEMUX),
-    }))
+    }
 }
 
-/// Puts the table in place of the last one, in one transaction, with this noted in it. Returns whether it
-/// differs from what this process put there before.
-pub(super) fn apply(plan: &Plan, noted: &Noted) -> Result<bool> {
-    static LAST: Mutex<String> = Mutex::new(String::new());
-    let text = ruleset(plan, noted);
-    run(&text)?;
-    let mut last = LAST.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    Ok(std::mem::replace(&mut *last, text.clone()) != text)
+/// Puts the table in place of the last one, in one transaction, with this noted in it. Returns what the kernel makes of it.
+pub(super) fn apply(plan: &Plan, noted: &Noted) -> Result<Option<Table>> {
+    run(&ruleset(plan, noted))?;
+    read()
 }
 
 /// Removes the table.
@@ -69,7 +91,7 @@ pub(super) fn remove() -> Result<()> {
 }
 
 fn list(arguments: &[&str]) -> Result<Value> {
-    let output = command().arg("-j").arg("list").args(arguments).output().map_err(missing)?;
+    let output = command().args(["-j", "-s", "list"]).args(arguments).output().map_err(missing)?;
     if !output.status.success() {
         return Err(refused(&output.stderr));
     }
