@@ -7,6 +7,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use jiff::Timestamp;
 use sd_notify::NotifyState;
 use sluice_dataplane::flow::{FlowFile, Found};
 use sluice_dataplane::net::Family;
@@ -22,8 +23,10 @@ use crate::host::{Host, LINK, Lacking, Plan, nft, sysctl};
 use crate::loopback::LoopbackListeners;
 use crate::node::NodeFacts;
 use crate::publish::Publisher;
+use crate::saved::{Earlier, Saved};
+use crate::saving::{self, Saving};
 use crate::source::{Feed, Source, Update};
-use crate::state::State;
+use crate::state::{Repairs, State};
 use crate::{admin, lives};
 
 /// How often the host is looked at for what others changed.
@@ -41,15 +44,18 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
     let host = Host::new()?;
     let standing = lock::standing(&config.state_dir)?;
     require_environment()?;
-    let (first, feed) = source.open().await?;
+    let described = source.to_string();
+    let saved = source.is_api().then(|| saved(&config)).transpose()?;
+    let mut feed = source.open()?;
+    let First { update: first, as_of } = first(&mut feed, saved.as_ref(), &standing, &config.state_dir).await?;
     let interfaces = host.addresses().await?;
     let settings = settings(&config, &first, &interfaces)?;
     // Open before another daemon lets go: packets wait here meanwhile.
     let tun = open_link(&host, settings.workers).await?;
     let shared = open_flows(settings.clone(), &config.state_dir)?;
     let publisher = publisher(&config, &interfaces, &shared);
-    let state = Arc::new(State::new(Arc::clone(&shared), config, publisher));
-    state.apply_first(first);
+    let state = Arc::new(State::new(Arc::clone(&shared), config, described, publisher));
+    state.apply_first(first, as_of);
     lives::forget(&state);
     let path = PacketPath::start(tun, Arc::clone(&shared)).context("cannot start the packet threads")?;
     // The daemon that handed over reads no packet any more: ours need not wait until it has ended, but the host must.
@@ -66,6 +72,7 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
         masquerade: settings.masquerade_addresses,
         interfaces,
         planned: None,
+        saving: saved.map(|saved| Saving::new(saved, as_of.is_none())),
     };
     let served = match daemon.set_up_host().await {
         Ok(()) => daemon.serve(feed, &path).await,
@@ -75,6 +82,9 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
     if shared.is_superseded() {
         tracing::info!("another daemon took over");
         return Ok(());
+    }
+    if let Some(saving) = &mut daemon.saving {
+        saving.finish(&daemon.state).await;
     }
     if daemon.state.config.leave_on_stop && served.is_ok() {
         tracing::info!("stopped; the next start goes on with every flow");
@@ -86,6 +96,61 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
     removed?;
     tracing::info!("stopped; nothing of ours is left on the host");
     Ok(())
+}
+
+/// Where the objects in force are kept.
+fn saved(config: &Config) -> Result<Saved> {
+    let owner = format!("{} {}", lock::namespace_identity()?, config.node_name());
+    Ok(Saved::new(&config.state_dir, &owner))
+}
+
+/// What the first table is made of.
+struct First {
+    update: Update,
+    /// When it was true, where it is an earlier process's and not the source's.
+    as_of: Option<Timestamp>,
+}
+
+/// All that the source has; or, where that is not there yet and nobody else serves, what an earlier process had.
+async fn first(feed: &mut Feed, saved: Option<&Saved>, standing: &Standing, state_dir: &Path) -> Result<First> {
+    let earlier = || match saved.map(Saved::read) {
+        Some(Ok(earlier)) => earlier,
+        Some(Err(reason)) => {
+            tracing::warn!(%reason, "the objects of an earlier process cannot be used");
+            None
+        }
+        None => None,
+    };
+    let mut problems = Vec::new();
+    let mut another_serves = matches!(standing, Standing::TakingOver);
+    let mut look = tokio::time::interval(PATH_INTERVAL);
+    if !another_serves && let Some(Earlier { update, as_of }) = earlier() {
+        let age = Timestamp::now().duration_since(as_of).as_secs();
+        tracing::info!(
+            objects = update.changes.len(),
+            age,
+            "the objects of an earlier process serve until the source has told all"
+        );
+        return Ok(First { update, as_of: Some(as_of) });
+    }
+    loop {
+        tokio::select! {
+            update = feed.next() => {
+                let update = update?;
+                if update.is_whole {
+                    return Ok(First { update, as_of: None });
+                }
+                problems = update.problems;
+            }
+            _ = look.tick(), if another_serves => {
+                // A daemon that ended by itself leaves us alone with what it knew.
+                another_serves = lock::is_held(&lock::flow_file(state_dir));
+                if !another_serves && let Some(Earlier { update, as_of }) = earlier() {
+                    return Ok(First { update: Update { problems, ..update }, as_of: Some(as_of) });
+                }
+            }
+        }
+    }
 }
 
 /// The publisher, with what an earlier process left for it.
@@ -199,6 +264,8 @@ struct Daemon {
     interfaces: Vec<IpAddr>,
     /// The [`RoutingTable::host_version`] that the host is set up for.
     planned: Option<u64>,
+    /// Keeps objects for the next process, where their source may be out of reach then.
+    saving: Option<Saving>,
 }
 
 impl Daemon {
@@ -219,6 +286,7 @@ impl Daemon {
         tracing::info!(frontends = table.len(), admin = %self.state.config.admin, "serving");
         let mut look = tokio::time::interval(LOOK_INTERVAL);
         let mut unreported = false;
+        let mut save = tokio::time::interval(saving::INTERVAL);
         let mut watch_path = tokio::time::interval(PATH_INTERVAL);
         loop {
             tokio::select! {
@@ -244,12 +312,20 @@ impl Daemon {
                     lives::tell(&self.state);
                 }
                 _ = look.tick() => self.look().await?,
+                _ = save.tick() => {
+                    if let Some(saving) = &mut self.saving {
+                        saving.go_on(&self.state).await;
+                    }
+                }
             }
         }
     }
 
     async fn update(&mut self, update: Update) -> Result<()> {
         self.state.progress().pending_since.get_or_insert_with(Instant::now);
+        if let Some(saving) = &mut self.saving {
+            saving.note(&update);
+        }
         let state = Arc::clone(&self.state);
         let table = tokio::task::spawn_blocking(move || state.apply(update)).await?;
         self.follow(table).await?;
@@ -297,6 +373,8 @@ impl Daemon {
         for what in self.host.repair().await? {
             tracing::warn!(what, "put right what somebody else changed");
             admin::metrics::host_repaired(&what);
+            let mut repairs = self.state.repairs.lock().unwrap_or_else(PoisonError::into_inner);
+            *repairs = Repairs { count: repairs.count + 1, last: Some(Instant::now()) };
         }
         self.serve_ports().await;
         self.state.publisher().release_idle();

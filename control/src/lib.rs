@@ -22,6 +22,8 @@ pub mod problem;
 pub mod programming;
 pub mod publish;
 pub mod resolve;
+pub mod saved;
+pub mod saving;
 pub mod source;
 pub mod state;
 pub mod store;

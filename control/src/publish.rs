@@ -80,7 +80,7 @@ impl Publisher {
             Some(local) => local.complete(update.changes),
             None => update.changes,
         };
-        let touched = self.store.apply(changes);
+        let touched = if update.is_whole { self.store.replace(changes) } else { self.store.apply(changes) };
         self.resolve(touched).then(|| self.builder.build())
     }
 

@@ -23,10 +23,15 @@ pub struct State {
     pub shared: Arc<Shared>,
     /// Configuration in force.
     pub config: Config,
+    /// Where objects come from, in words.
+    pub source: String,
+    /// What was put right on the host.
+    pub repairs: Mutex<Repairs>,
     /// When this process began.
     pub started: Timestamp,
     /// Since when an update waits to be applied, and when the last one was.
     pub progress: Mutex<Progress>,
+    freshness: Mutex<Freshness>,
     publisher: Mutex<Publisher>,
     /// What is wrong with health check ports.
     pub health_problems: Mutex<Vec<Problem>>,
@@ -43,15 +48,47 @@ pub struct Progress {
     pub last_applied: Timestamp,
 }
 
+/// What somebody else changed of ours on the host, and we put right.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Repairs {
+    /// How often.
+    pub count: u64,
+    /// When last.
+    pub last: Option<Instant>,
+}
+
+/// Whether the objects in force are those of the source.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Freshness {
+    /// The source has told all there is. Until then the objects of an earlier process are in force.
+    pub is_synced: bool,
+    /// Since when changes may have been missed; none: they come in.
+    pub behind_since: Option<Timestamp>,
+}
+
+impl Freshness {
+    /// After this update, which came `now`.
+    fn after(self, update: &Update, now: Timestamp) -> Self {
+        if !(self.is_synced || update.is_whole) {
+            return self;
+        }
+        let since = if update.is_whole { now } else { self.behind_since.unwrap_or(now) };
+        Self { is_synced: true, behind_since: update.is_behind.then_some(since) }
+    }
+}
+
 impl State {
     /// State in which nothing has happened yet.
-    pub(crate) fn new(shared: Arc<Shared>, config: Config, publisher: Publisher) -> Self {
+    pub(crate) fn new(shared: Arc<Shared>, config: Config, source: String, publisher: Publisher) -> Self {
         let progress = Progress { pending_since: None, last_applied: Timestamp::now() };
         Self {
             shared,
             config,
+            source,
+            repairs: Mutex::default(),
             started: Timestamp::now(),
             progress: Mutex::new(progress),
+            freshness: Mutex::default(),
             publisher: Mutex::new(publisher),
             health_problems: Mutex::default(),
             said: Mutex::default(),
@@ -69,22 +106,32 @@ impl State {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether the objects in force are those of the source.
+    pub fn freshness(&self) -> Freshness {
+        *self.freshness.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Takes in an update and swaps the table it makes in.
     pub(crate) fn apply(&self, update: Update) -> Option<Arc<RoutingTable>> {
         let begun = Instant::now();
         let families = self.families();
+        let extent = if update.is_whole { Extent::All } else { Extent::Changes };
+        let freshness = self.freshness().after(&update, Timestamp::now());
         kube_proxy::queued(&families, Changes::of(&update.changes));
         let mut publisher = self.publisher();
         let triggers = programming::triggers(publisher.store(), &update.changes, self.started);
         let table = publisher.update(update);
         let table = self.publish(table, begun);
-        kube_proxy::applied(&families, Extent::Changes, begun.elapsed(), &triggers);
+        *self.freshness.lock().unwrap_or_else(PoisonError::into_inner) = freshness;
+        kube_proxy::applied(&families, extent, begun.elapsed(), &triggers);
         self.save(&mut publisher);
         table
     }
 
-    /// Takes in all there is at the start.
-    pub(crate) fn apply_first(&self, update: Update) {
+    /// Takes in all there is at the start. `as_of`: when it was true, where it is not from the source.
+    pub(crate) fn apply_first(&self, update: Update, as_of: Option<Timestamp>) {
+        let freshness = Freshness { is_synced: as_of.is_none(), behind_since: as_of };
+        *self.freshness.lock().unwrap_or_else(PoisonError::into_inner) = freshness;
         let begun = Instant::now();
         let flows = self.shared.flows().map(|flow| (flow.endpoint.ip(), flow.endpoint_slot));
         let mut publisher = self.publisher();
@@ -146,5 +193,31 @@ impl State {
         let mut progress = self.progress();
         (progress.pending_since, progress.last_applied) = (None, Timestamp::now());
         table
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn objects_are_behind_from_the_first_failure_until_changes_come_in() {
+        let update = |is_whole, is_behind| Update { is_whole, is_behind, ..Update::default() };
+        let at = |second: i64| Timestamp::from_second(second).unwrap();
+        let fresh = |is_synced, since: Option<i64>| Freshness { is_synced, behind_since: since.map(at) };
+        let mut freshness = fresh(false, Some(5));
+        for (second, update, wanted) in [
+            (10, update(false, true), fresh(false, Some(5))),
+            (11, update(false, false), fresh(false, Some(5))),
+            (12, update(true, false), fresh(true, None)),
+            (13, update(false, false), fresh(true, None)),
+            (14, update(false, true), fresh(true, Some(14))),
+            (15, update(false, true), fresh(true, Some(14))),
+            (16, update(false, false), fresh(true, None)),
+        ] {
+            freshness = freshness.after(&update, at(second));
+            assert_eq!(freshness, wanted, "at {second}");
+        }
+        assert_eq!(fresh(false, Some(5)).after(&update(true, true), at(9)), fresh(true, Some(9)));
     }
 }

@@ -223,3 +223,86 @@ fn services_follow_a_real_api_server_through_restarts_cuts_and_compaction() {
     nobody.wait().unwrap();
     assert!(wanted.iter().all(|words| said.contains(words)), "{said}");
 }
+
+/// Waits until what an earlier process leaves for the next holds this text.
+fn wait_until_saved(cluster: &Cluster, holds: impl Fn(&str) -> bool) {
+    let deadline = Instant::now() + SOON + SOON;
+    while !std::fs::read_to_string(cluster.state_dir().join("objects")).is_ok_and(|text| holds(&text)) {
+        assert!(Instant::now() < deadline, "objects are not saved\n{}", cluster.log());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// Exit code and answer of `sluice status`.
+fn status(cluster: &Cluster) -> (Option<i32>, String) {
+    let output = cluster.topology.node.command(sluice_tests::sluice_binary()).arg("status").output().unwrap();
+    (output.status.code(), String::from_utf8(output.stdout).unwrap())
+}
+
+#[test]
+fn a_restart_without_the_api_server_goes_on_with_flows_and_the_last_objects() {
+    const FIRST: &str = "10.244.0.1:8080";
+    const WHAT: &str = "restarts without an API server";
+    if !can_run_in_namespaces(WHAT) || !control_plane::can_run(WHAT) {
+        return;
+    }
+    let (mut cluster, mut plane) = cluster();
+    publish(&cluster, &plane, "other", 11);
+    cluster.start().unwrap();
+    let connect =
+        || client::Connection::open(SocketAddr::from(([10, 96, 0, 10], 80)), SOON).map_err(anyhow::Error::msg);
+    let mut connection = cluster.topology.client.run(connect).unwrap();
+    assert_eq!(connection.get("/").unwrap(), "web-1");
+    assert_eq!(status(&cluster).0, Some(0), "{}", status(&cluster).1);
+    wait_until_saved(&cluster, |text| text.contains("\"other\""));
+
+    plane.kill_api_server().unwrap();
+    cluster.stop(nix::sys::signal::Signal::SIGKILL).unwrap();
+    cluster.start().unwrap();
+    assert_eq!(connection.get("/").unwrap(), "web-1", "the connection goes on");
+    assert_eq!(who_answers(&cluster, 10).as_deref(), Some("web-1"), "new ones are made");
+    cluster.wait_for_problems("nobody is there", |problems| problems.contains("cannot list services: ")).unwrap();
+    let (code, text) = status(&cluster);
+    let source = text.lines().find(|line| line.starts_with("source ")).unwrap();
+    assert!(code == Some(1) && source.contains("degraded") && source.contains("not synced"), "{text}");
+    assert!(source.contains("cannot list "), "{text}");
+    assert_eq!(cluster.metric("sluice_source_synced ").unwrap(), 0.0);
+    assert!(cluster.metric("sluice_objects_age_seconds ").unwrap() > 0.0);
+    assert!(cluster.metric("sluice_source_errors_total{").unwrap() > 0.0);
+    assert!(cluster.admin("/healthz").is_ok(), "as kube-proxy's, it is about what waits, not about the API server");
+
+    // What changed meanwhile is seen when the API server is back, and a change of its own goes through.
+    cluster.stop(nix::sys::signal::Signal::SIGKILL).unwrap();
+    plane.start_api_server().unwrap();
+    plane.delete(&service("other", 11)).unwrap();
+    publish(&cluster, &plane, "third", 12);
+    cluster.start().unwrap();
+    wait_for(&cluster, 12, "forward", &[FIRST]);
+    wait_for(&cluster, 11, "drop", &[]);
+    assert_eq!(connection.get("/").unwrap(), "web-1");
+    assert_eq!(cluster.metric("sluice_source_synced ").unwrap(), 1.0);
+    assert_eq!(cluster.metric("sluice_objects_age_seconds ").unwrap(), 0.0);
+    let (code, text) = status(&cluster);
+    assert!(code == Some(0) && text.lines().count() == 6, "{text}");
+    assert!(cluster.metric("rest_client_requests_total{").unwrap() >= 4.0);
+    let has = |text: &str, name: &str| text.lines().any(|line| line.starts_with("Service ") && line.contains(name));
+    wait_until_saved(&cluster, |text| has(text, "\"third\"") && !has(text, "\"other\""));
+
+    // A take-over has nothing from the API server and lets the old one serve, until that is gone.
+    plane.kill_api_server().unwrap();
+    let mut second = cluster.run_command("state").stderr(std::process::Stdio::null()).spawn().unwrap();
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(second.try_wait().unwrap().is_none() && who_answers(&cluster, 12).is_some());
+    assert_eq!(cluster.metric("sluice_source_synced ").unwrap(), 1.0, "the old one still answers");
+    cluster.stop(nix::sys::signal::Signal::SIGKILL).unwrap();
+    let deadline = Instant::now() + SOON;
+    while cluster.metric("sluice_source_synced ").is_err() {
+        assert!(Instant::now() < deadline, "the second does not serve");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(cluster.metric("sluice_source_synced ").unwrap(), 0.0, "the second serves");
+    assert_eq!(who_answers(&cluster, 12).as_deref(), Some("web-1"));
+    assert_eq!(connection.get("/").unwrap(), "web-1");
+    second.kill().unwrap();
+    second.wait().unwrap();
+}
