@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ahash::AHashSet;
+use k8s_openapi::api::core::v1::Service;
 use sluice_dataplane::table::{
     Deadline, EndpointSlot, NodeSpec, RoutingTable, ServiceName, ServiceSpec, Slots, TableBuilder,
 };
@@ -17,9 +18,10 @@ use crate::local::LocalControllers;
 use crate::node::NodeFacts;
 use crate::object::{SERVICE_NAME_LABEL, name_of, service_of};
 use crate::problem::{Origin, Problem};
+use crate::resolve::advice::advise;
 use crate::resolve::{Rules, resolve};
 use crate::source::Update;
-use crate::store::{Store, Touched};
+use crate::store::{Store, Stored, Touched};
 
 /// Objects, and the tables made of them.
 pub struct Publisher {
@@ -199,6 +201,19 @@ impl Publisher {
         problems.sort();
         problems.dedup();
         problems
+    }
+
+    /// What an administrator may want to know of Services that are served as they say.
+    #[must_use]
+    pub fn advice(&self) -> Vec<Problem> {
+        let of_service = |(name, service): (&ServiceName, &Stored<Service>)| {
+            let slices = self.store.slices(name).map(|slice| &*slice.object);
+            let advice = advise(&service.object, slices, &self.node, &self.rules);
+            advice.into_iter().map(|problem| problem.from(&service.origin)).collect::<Vec<_>>()
+        };
+        let mut advice: Vec<Problem> = self.store.services().flat_map(of_service).collect();
+        advice.sort();
+        advice
     }
 
     /// Endpoints that are frontends of ours. They get no flows.

@@ -276,7 +276,7 @@ mod tests {
         assert_eq!((touched.nodes.len(), touched.service_cidrs), (0, true));
         assert_eq!(store.objects().count(), 5);
         assert!(store.service(&ServiceName::new("n", "gone")).is_none());
-        assert_eq!(store.replace(Vec::new()).services.len(), 4, "and all of it may go");
+        assert_eq!(store.replace(Vec::new()).services.len(), 3, "and all of it may go");
         assert_eq!(store.objects().count(), 0);
     }
 }

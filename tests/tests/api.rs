@@ -306,3 +306,90 @@ fn a_restart_without_the_api_server_goes_on_with_flows_and_the_last_objects() {
     second.kill().unwrap();
     second.wait().unwrap();
 }
+
+#[test]
+fn a_missing_permission_is_named_and_the_rest_works_on() {
+    const FIRST: &str = "10.244.0.1:8080";
+    const WHAT: &str = "permissions that are missing";
+    if !can_run_in_namespaces(WHAT) || !control_plane::can_run(WHAT) {
+        return;
+    }
+    let (mut cluster, plane) = cluster();
+    let role = |resources: Value| json!({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": "less"}, "rules": resources});
+    let watch = |group: &str, resource: &str| json!({"apiGroups": [group], "resources": [resource], "verbs": ["list", "watch"]});
+    let (services, slices_) = (watch("", "services"), watch("discovery.k8s.io", "endpointslices"));
+    plane.create(&role(json!([services, slices_]))).unwrap();
+    let binding = json!({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding", "metadata": {"name": "less"},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "less"},
+        "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "nobody"}]});
+    plane.create(&binding).unwrap();
+
+    // An old role, from before the own Node and Service ranges were watched.
+    cluster.watch_api(plane.kubeconfig("nobody"));
+    cluster.start().unwrap();
+    assert_eq!(who_answers(&cluster, 10).as_deref(), Some("web-1"));
+    let names = |problems: &str, what: &str| problems.contains(&format!("cannot list {what}: forbidden: "));
+    cluster
+        .wait_for_problems("both are named", |problems| {
+            names(problems, "nodes") && names(problems, "servicecidrs.networking.k8s.io")
+        })
+        .unwrap();
+    let (code, text) = status(&cluster);
+    assert!(code == Some(1) && text.contains("followed; cannot list nodes: forbidden"), "{text}");
+    publish(&cluster, &plane, "other", 11);
+    wait_for(&cluster, 11, "forward", &[FIRST]);
+
+    // One that is taken away while we run.
+    plane.patch(&role(json!([])), &json!({"rules": [services]})).unwrap();
+    let denied = |problems: &str| problems.contains("cannot watch endpointslices.discovery.k8s.io: forbidden: ");
+    wait_until_saved(&cluster, |text| text.contains("\"other\""));
+    // The watch that is open goes on until it ends.
+    cluster.stop(nix::sys::signal::Signal::SIGKILL).unwrap();
+    cluster.start().unwrap();
+    let denied_list = |problems: &str| names(problems, "endpointslices.discovery.k8s.io") || denied(problems);
+    cluster.wait_for_problems("it is named", denied_list).unwrap();
+    assert!(status(&cluster).1.contains("not synced"), "{}", status(&cluster).1);
+    assert_eq!(who_answers(&cluster, 11).as_deref(), Some("web-1"), "what is known is served");
+    plane.patch(&role(json!([])), &json!({"rules": [services, slices_]})).unwrap();
+    cluster.wait_for_problems("it is back", |problems| !problems.contains("endpointslices")).unwrap();
+    assert!(status(&cluster).1.contains("followed"), "{}", status(&cluster).1);
+}
+
+#[test]
+fn a_cluster_is_checked_without_a_daemon() {
+    const WHAT: &str = "sluice check of a cluster";
+    if !can_run_in_namespaces(WHAT) || !control_plane::can_run(WHAT) {
+        return;
+    }
+    let (cluster, plane) = cluster();
+    plane.create(&service("nothing", 11)).unwrap();
+    publish(&cluster, &plane, "hinted", 12);
+    let mut hinted = slices(&cluster, "hinted", 0..1);
+    hinted[0]["endpoints"][0]["hints"] = json!({"forZones": [{"name": "zone-b"}]});
+    plane.patch(&hinted[0], &json!({"endpoints": hinted[0]["endpoints"]})).unwrap();
+    let mut taken = service("taken", 13);
+    taken["spec"]["externalIPs"] = json!(["198.51.100.1"]);
+    plane.create(&taken).unwrap();
+    taken = service("too", 14);
+    taken["spec"]["externalIPs"] = json!(["198.51.100.1"]);
+    plane.create(&taken).unwrap();
+
+    let check = |arguments: &[&str]| {
+        let mut command = cluster.topology.node.command(sluice_tests::sluice_binary());
+        command.arg("check").arg("--kubeconfig").arg(plane.kubeconfig("proxy")).args(["--node-name", manifests::NODE]);
+        let output = command.args(arguments).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stdout).unwrap() + &String::from_utf8_lossy(&output.stderr))
+    };
+    let (code, text) = check(&[]);
+    assert_eq!(code, Some(1), "{text}");
+    for words in [
+        "default/web",
+        "Service default/nothing: spec.selector: is missing, and no EndpointSlice of it has an endpoint",
+        "Service default/hinted: endpoints: port \"http\" (TCP): hints of IPv4 endpoints do not count: none is for zone zone-a",
+        "is already taken by the older Service default/taken",
+    ] {
+        assert!(text.contains(words), "{words}\n{text}");
+    }
+    let json: Value = serde_json::from_str(&check(&["-o", "json"]).1).unwrap();
+    assert!(json["warnings"].as_u64() >= Some(2) && json["errors"].as_u64() >= Some(1), "{json}");
+}

@@ -82,6 +82,8 @@ impl Assembly {
                 // Services can be served without these two, and old roles do not allow them.
                 if failure.code == Some(403) && matches!(kind, Kind::Node | Kind::ServiceCIDR) {
                     self.answered.insert(kind);
+                    // Who may not see the Node waits for it in vain.
+                    self.goes_without_node |= kind == Kind::Node;
                 }
                 let problem = Problem::error("", failure.words(resource)).from(&Origin::Api);
                 self.problems.insert(kind, problem);
@@ -258,6 +260,16 @@ mod tests {
         assembly.go_without_node();
         assert_eq!(words(assembly.update()), ["+me"]);
         assert_eq!(words(take(&mut assembly, Kind::Node, What::Applied(node(Some("10.9.9.9"))))), ["+me"]);
+    }
+
+    #[test]
+    fn a_node_that_may_not_be_seen_is_not_waited_for() {
+        let mut assembly = Assembly::default();
+        for kind in [Kind::Service, Kind::EndpointSlice, Kind::ServiceCIDR] {
+            assert!(take(&mut assembly, kind, What::Listed(Vec::new())).is_none());
+        }
+        let first = take(&mut assembly, Kind::Node, failed(Some(403))).unwrap();
+        assert!(first.is_whole && !first.is_behind && first.problems.len() == 1, "{first:?}");
     }
 
     #[test]
