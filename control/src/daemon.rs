@@ -17,6 +17,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::config::Config;
 use crate::drains::Drains;
+use crate::events::{About, Events, Told};
 use crate::health_check::HealthServers;
 use crate::host::lock::{self, Standing};
 use crate::host::{Host, LINK, Lacking, Plan, nft, sysctl};
@@ -44,8 +45,9 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
     let host = Host::new()?;
     let standing = lock::standing(&config.state_dir)?;
     require_environment()?;
+    let events = source.access().map(|access| Events::start(access.clone(), config.node_name()));
     let described = source.to_string();
-    let saved = source.is_api().then(|| saved(&config)).transpose()?;
+    let saved = source.access().map(|_| saved(&config)).transpose()?;
     let mut feed = source.open()?;
     let First { update: first, as_of } = first(&mut feed, saved.as_ref(), &standing, &config.state_dir).await?;
     let interfaces = host.addresses().await?;
@@ -54,7 +56,7 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
     let tun = open_link(&host, settings.workers).await?;
     let shared = open_flows(settings.clone(), &config.state_dir)?;
     let publisher = publisher(&config, &interfaces, &shared);
-    let state = Arc::new(State::new(Arc::clone(&shared), config, described, publisher));
+    let state = Arc::new(State::new(Arc::clone(&shared), config, described, events, publisher));
     state.apply_first(first, as_of);
     lives::forget(&state);
     let path = PacketPath::start(tun, Arc::clone(&shared)).context("cannot start the packet threads")?;
@@ -373,6 +375,11 @@ impl Daemon {
         for what in self.host.repair().await? {
             tracing::warn!(what, "put right what somebody else changed");
             admin::metrics::host_repaired(&what);
+            if let Some(events) = &self.state.events {
+                let note = format!("put right what somebody else changed: {what}");
+                let about = About::Node;
+                events.tell(Told { about, reason: "HostStateChanged", note, is_of_node: true, is_warning: true });
+            }
             let mut repairs = self.state.repairs.lock().unwrap_or_else(PoisonError::into_inner);
             *repairs = Repairs { count: repairs.count + 1, last: Some(Instant::now()) };
         }

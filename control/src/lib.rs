@@ -11,6 +11,7 @@ pub mod config;
 pub mod daemon;
 pub mod demo;
 pub mod drains;
+pub mod events;
 pub mod health_check;
 pub mod host;
 pub mod lives;

@@ -17,7 +17,7 @@ use crate::health_check::HealthCheck;
 use crate::local::LocalControllers;
 use crate::node::NodeFacts;
 use crate::object::{SERVICE_NAME_LABEL, name_of, service_of};
-use crate::problem::{Origin, Problem};
+use crate::problem::{Origin, Problem, Reason};
 use crate::resolve::advice::advise;
 use crate::resolve::{Rules, resolve};
 use crate::source::Update;
@@ -185,6 +185,7 @@ impl Publisher {
             let origin = self.store.service(&conflict.loser).map(|service| &service.origin);
             let message = format!("{} is already taken by the older Service {}", conflict.key, conflict.winner);
             let problem = Problem::error("spec", message).about(format!("Service {}", conflict.loser));
+            let problem = problem.because(Reason::AddressConflict);
             origin.map_or(problem.clone(), |origin| problem.from(origin))
         }));
         problems.extend(self.loops());

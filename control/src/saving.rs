@@ -48,7 +48,7 @@ impl Saving {
     pub fn note(&mut self, update: &Update) {
         self.is_synced |= update.is_whole;
         self.is_behind = update.is_behind;
-        self.is_unsaved |= self.is_synced && !(update.changes.is_empty() && !update.is_whole);
+        self.is_unsaved |= self.is_synced && (update.is_whole || !update.changes.is_empty());
     }
 
     /// Begins to save, or says that what is saved is still true. Call it each [`INTERVAL`].

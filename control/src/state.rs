@@ -6,13 +6,15 @@ use std::time::Instant;
 use jiff::Timestamp;
 use sluice_dataplane::net::Family;
 use sluice_dataplane::packet_path::Shared;
-use sluice_dataplane::table::{Deadline, RoutingTable};
+use sluice_dataplane::table::{Deadline, RoutingTable, ServiceName};
 
 use crate::admin::kube_proxy::{Changes, Extent};
 use crate::admin::{self, kube_proxy};
 use crate::config::Config;
 use crate::drains::Target;
-use crate::problem::{Origin, Problem};
+use crate::events::{About, Events, Told};
+use crate::object::service_of;
+use crate::problem::{Origin, Problem, Reason, Severity};
 use crate::programming;
 use crate::publish::Publisher;
 use crate::source::Update;
@@ -25,6 +27,8 @@ pub struct State {
     pub config: Config,
     /// Where objects come from, in words.
     pub source: String,
+    /// Where administrators are told of what is wrong, with the API server as source.
+    pub events: Option<Events>,
     /// What was put right on the host.
     pub repairs: Mutex<Repairs>,
     /// When this process began.
@@ -79,12 +83,19 @@ impl Freshness {
 
 impl State {
     /// State in which nothing has happened yet.
-    pub(crate) fn new(shared: Arc<Shared>, config: Config, source: String, publisher: Publisher) -> Self {
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        config: Config,
+        source: String,
+        events: Option<Events>,
+        publisher: Publisher,
+    ) -> Self {
         let progress = Progress { pending_since: None, last_applied: Timestamp::now() };
         Self {
             shared,
             config,
             source,
+            events,
             repairs: Mutex::default(),
             started: Timestamp::now(),
             progress: Mutex::new(progress),
@@ -179,8 +190,35 @@ impl State {
         let new = problems.iter().filter(|problem| said.binary_search(problem).is_err());
         for problem in new.filter(|problem| !is_of_source(problem)) {
             tracing::warn!("{problem}");
+            self.tell(problem);
         }
         *said = problems;
+    }
+
+    /// Tells administrators of a problem of a Service or of its slices.
+    fn tell(&self, problem: &Problem) {
+        let (Some(events), Some(object), Severity::Error) = (&self.events, &problem.object, problem.severity) else {
+            return;
+        };
+        let Some((kind, (namespace, name))) =
+            object.split_once(' ').and_then(|(kind, name)| Some((kind, name.split_once('/')?)))
+        else {
+            return;
+        };
+        let publisher = self.publisher();
+        let (store, named) = (publisher.store(), ServiceName::new(namespace, name));
+        let service = match kind {
+            "EndpointSlice" => store.slice(&named).and_then(|slice| service_of(&slice.object)),
+            _ => Some(named),
+        };
+        let Some((name, service)) = service.and_then(|name| store.service(&name).map(|it| (name, it))) else { return };
+        events.tell(Told {
+            about: About::Service(name, service.object.metadata.uid.clone()),
+            reason: problem.reason.word(),
+            note: Problem { origin: None, ..problem.clone() }.to_string(),
+            is_of_node: problem.reason == Reason::FailedToStartServiceHealthcheck,
+            is_warning: true,
+        });
     }
 
     /// Swaps a table in, when there is one, and notes that nothing waits.

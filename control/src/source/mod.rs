@@ -46,10 +46,13 @@ impl fmt::Display for Source {
 }
 
 impl Source {
-    /// Whether it is the Kubernetes API, which may be out of reach.
+    /// The API server, where it is one: it may be out of reach.
     #[must_use]
-    pub fn is_api(&self) -> bool {
-        matches!(self, Self::Api(_))
+    pub fn access(&self) -> Option<&api::Access> {
+        match self {
+            Self::Api(options) => Some(&options.access),
+            Self::Folder(_) => None,
+        }
     }
 
     /// The updates. The first that [is whole](Update::is_whole) is the first with objects; with the API it may take as long
