@@ -82,6 +82,9 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
     };
     let _ = sd_notify::notify(&[NotifyState::Stopping]);
     if shared.is_superseded() {
+        if let Some(saving) = &mut daemon.saving {
+            saving.let_go().await;
+        }
         tracing::info!("another daemon took over");
         return Ok(());
     }

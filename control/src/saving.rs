@@ -71,6 +71,11 @@ impl Saving {
         }
     }
 
+    /// Ends what is being saved: another process is to write from now on.
+    pub async fn let_go(&mut self) {
+        self.end_task().await;
+    }
+
     /// Saves what is not saved yet. Call it at the end.
     pub async fn finish(&mut self, state: &Arc<State>) {
         self.end_task().await;
