@@ -16,14 +16,17 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::config::Config;
 use crate::drains::Drains;
+use crate::events::{About, Events, Told};
+use crate::first::{First, first, saved};
 use crate::health_check::HealthServers;
 use crate::host::lock::{self, Standing};
 use crate::host::{Host, LINK, Lacking, Plan, nft, sysctl};
 use crate::loopback::LoopbackListeners;
 use crate::node::NodeFacts;
 use crate::publish::Publisher;
+use crate::saving::{self, Saving};
 use crate::source::{Feed, Source, Update};
-use crate::state::State;
+use crate::state::{Repairs, State};
 use crate::{admin, lives};
 
 /// How often the host is looked at for what others changed.
@@ -41,15 +44,19 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
     let host = Host::new()?;
     let standing = lock::standing(&config.state_dir)?;
     require_environment()?;
-    let (first, feed) = source.open().await?;
+    let events = source.access().map(|access| Events::start(access.clone(), config.node_name()));
+    let described = source.to_string();
+    let saved = source.access().map(|_| saved(&config)).transpose()?;
+    let mut feed = source.open()?;
+    let First { update: first, as_of } = first(&mut feed, saved.as_ref(), &standing, &config.state_dir).await?;
     let interfaces = host.addresses().await?;
     let settings = settings(&config, &first, &interfaces)?;
     // Open before another daemon lets go: packets wait here meanwhile.
     let tun = open_link(&host, settings.workers).await?;
     let shared = open_flows(settings.clone(), &config.state_dir)?;
     let publisher = publisher(&config, &interfaces, &shared);
-    let state = Arc::new(State::new(Arc::clone(&shared), config, publisher));
-    state.apply_first(first);
+    let state = Arc::new(State::new(Arc::clone(&shared), config, described, events, publisher));
+    state.apply_first(first, as_of);
     lives::forget(&state);
     let path = PacketPath::start(tun, Arc::clone(&shared)).context("cannot start the packet threads")?;
     // The daemon that handed over reads no packet any more: ours need not wait until it has ended, but the host must.
@@ -67,6 +74,7 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
         masquerade: settings.masquerade_addresses,
         interfaces,
         planned: None,
+        saving: saved.map(|saved| Saving::new(saved, as_of.is_none())),
     };
     let served = match daemon.set_up_host().await {
         Ok(()) => daemon.serve(feed, &path, &mut signals).await,
@@ -74,6 +82,9 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
     };
     let _ = sd_notify::notify(&[NotifyState::Stopping]);
     if shared.is_superseded() {
+        if let Some(saving) = &mut daemon.saving {
+            saving.let_go().await;
+        }
         tracing::info!("another daemon took over");
         if daemon.state.config.linger {
             // The other one waits for these.
@@ -81,6 +92,9 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
             signals.received().await;
         }
         return Ok(());
+    }
+    if let Some(saving) = &mut daemon.saving {
+        saving.finish(&daemon.state).await;
     }
     if daemon.state.config.leave_on_stop && served.is_ok() {
         tracing::info!("stopped; the next start goes on with every flow");
@@ -225,6 +239,8 @@ struct Daemon {
     interfaces: Vec<IpAddr>,
     /// The [`RoutingTable::host_version`] that the host is set up for.
     planned: Option<u64>,
+    /// Keeps objects for the next process, where their source may be out of reach then.
+    saving: Option<Saving>,
 }
 
 impl Daemon {
@@ -251,6 +267,7 @@ impl Daemon {
     async fn work(&mut self, mut feed: Feed, path: &PacketPath, signals: &mut Signals) -> Result<()> {
         let mut look = tokio::time::interval(LOOK_INTERVAL);
         let mut unreported = false;
+        let mut save = tokio::time::interval(saving::INTERVAL);
         let mut watch_path = tokio::time::interval(PATH_INTERVAL);
         loop {
             tokio::select! {
@@ -275,12 +292,20 @@ impl Daemon {
                     lives::tell(&self.state);
                 }
                 _ = look.tick() => self.look().await?,
+                _ = save.tick() => {
+                    if let Some(saving) = &mut self.saving {
+                        saving.go_on(&self.state).await;
+                    }
+                }
             }
         }
     }
 
     async fn update(&mut self, update: Update) -> Result<()> {
         self.state.progress().pending_since.get_or_insert_with(Instant::now);
+        if let Some(saving) = &mut self.saving {
+            saving.note(&update);
+        }
         let state = Arc::clone(&self.state);
         let table = tokio::task::spawn_blocking(move || state.apply(update)).await?;
         self.follow(table).await?;
@@ -328,6 +353,13 @@ impl Daemon {
         for what in self.host.repair().await? {
             tracing::warn!(what, "put right what somebody else changed");
             admin::metrics::host_repaired(&what);
+            if let Some(events) = &self.state.events {
+                let note = format!("put right what somebody else changed: {what}");
+                let about = About::Node;
+                events.tell(Told { about, reason: "HostStateChanged", note, is_of_node: true, is_warning: true });
+            }
+            let mut repairs = self.state.repairs.lock().unwrap_or_else(PoisonError::into_inner);
+            *repairs = Repairs { count: repairs.count + 1, last: Some(Instant::now()) };
         }
         self.serve_ports().await;
         self.state.publisher().release_idle();

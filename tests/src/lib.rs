@@ -1,5 +1,6 @@
 //! Helpers of the whole-program tests: they drive the built programs from outside, as a user would.
 
+pub mod api_cluster;
 pub mod cluster;
 pub mod control_plane;
 pub mod http;

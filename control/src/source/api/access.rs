@@ -1,11 +1,15 @@
 //! The API server to ask, and who we are to it.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use axum::http::{HeaderValue, header};
+use kube::client::ClientBuilder;
 use kube::config::{KubeConfigOptions, Kubeconfig};
+
+use super::requests::Count;
 
 /// Most that a connection may take to be made.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
@@ -17,6 +21,15 @@ pub enum Access {
     Kubeconfig(PathBuf),
     /// In the environment and the service account of the Pod we are.
     InCluster,
+}
+
+impl fmt::Display for Access {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Kubeconfig(path) => write!(f, "API server of {}", path.display()),
+            Self::InCluster => f.write_str("API server of the Pod's cluster"),
+        }
+    }
 }
 
 impl Access {
@@ -41,7 +54,10 @@ impl Access {
         config.default_retry = false;
         let agent = HeaderValue::from_static(concat!("sluice/", env!("CARGO_PKG_VERSION")));
         config.headers.push((header::USER_AGENT, agent));
-        kube::Client::try_from(config).context("the API server's address or the credentials cannot be used")
+        let host = config.cluster_url.authority().map(ToString::to_string).unwrap_or_default();
+        let client =
+            ClientBuilder::try_from(config).context("the API server's address or the credentials cannot be used")?;
+        Ok(client.with_layer(&Count { host: host.into() }).build())
     }
 }
 

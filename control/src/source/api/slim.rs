@@ -10,11 +10,10 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::de::DeserializeOwned;
 
 use crate::object::Object;
+use crate::programming::TRIGGER_TIME;
 
 /// Prefix of annotations of ours.
 const OURS: &str = "sluice.dev/";
-/// When the change of endpoints that a slice tells of was triggered.
-const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 
 /// A kind that is watched.
 pub(super) trait Watched:
@@ -26,7 +25,10 @@ pub(super) trait Watched:
 
 impl Watched for Service {
     fn slim(mut self) -> Object {
+        // Events name it.
+        let uid = self.metadata.uid.take();
         slim(&mut self.metadata);
+        self.metadata.uid = uid;
         let load_balancer = self.status.take().and_then(|status| status.load_balancer);
         self.status = load_balancer.map(|it| ServiceStatus { load_balancer: Some(it), ..ServiceStatus::default() });
         Object::Service(Arc::new(self))
