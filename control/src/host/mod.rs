@@ -65,13 +65,18 @@ impl Host {
         let mut changes = link::set_up(&self.netlink).await?;
         let noted = nft::noted()?;
         let (reserved, early_demux) = (sysctl::reserved_ports(), sysctl::early_demux());
+        let short_timeouts = sysctl::short_timeouts();
         let wanted: BTreeSet<u16> = plan.masquerade_ports.into_iter().flat_map(PortRange::range).collect();
         let missing: BTreeSet<u16> = wanted.difference(&reserved).copied().collect();
-        if self.plan != plan || noted.is_none() || !missing.is_empty() || early_demux {
+        let is_noted = missing.is_empty() && !early_demux && short_timeouts.is_empty();
+        if self.plan != plan || noted.is_none() || !is_noted {
             // What we change is noted in our nftables table first: only so can it be told from what others changed.
             let mut noted = noted.unwrap_or_default();
             noted.reserved.extend(&missing);
             noted.early_demux |= early_demux;
+            for (name, seconds) in &short_timeouts {
+                noted.timeouts.entry((*name).to_owned()).or_insert(*seconds);
+            }
             if nft::apply(&plan, &noted)? {
                 changes.push("nftables table".to_owned());
             }
@@ -83,6 +88,10 @@ impl Host {
         if early_demux {
             sysctl::set_early_demux(false)?;
             changes.push("TCP early demux".to_owned());
+        }
+        if !short_timeouts.is_empty() {
+            sysctl::lengthen_timeouts()?;
+            changes.push("timeouts of connection tracking".to_owned());
         }
         changes.extend(route::apply(&self.netlink, &plan).await?);
         changes.extend(rule::apply(&self.netlink, &plan).await?);
@@ -105,6 +114,7 @@ impl Host {
             if ours.early_demux {
                 sysctl::set_early_demux(true)?;
             }
+            sysctl::restore_timeouts(&ours.timeouts)?;
             nft::remove()?;
             removed.push("nftables table".to_owned());
         }

@@ -1,7 +1,7 @@
 //! Our one nftables table, which never changes when Services do: it keeps packets of the packet path out of connection
 //! tracking, except those of flows that keep the client's address, and marks what must come back to us.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::net::IpAddr;
@@ -30,6 +30,8 @@ pub(super) struct Noted {
     pub(super) reserved: BTreeSet<u16>,
     /// Early demux of TCP was on.
     pub(super) early_demux: bool,
+    /// Timeouts of connection tracking that we made longer, in seconds.
+    pub(super) timeouts: BTreeMap<String, u32>,
 }
 
 /// What our table on this host notes; nothing when it is not there.
@@ -47,9 +49,14 @@ pub(super) fn noted() -> Result<Option<Noted>> {
         Some(ends) => Some(port(ends.first()?)?..=port(ends.get(1)?)?),
         None => port(element).map(|port| port..=port),
     };
+    let timeout = |set: &Value| {
+        let name = set["name"].as_str().filter(|name| sysctl::is_timeout(name))?;
+        Some((name.to_owned(), u32::try_from(set["elem"][0].as_u64()?).ok()?))
+    };
     Ok(Some(Noted {
         reserved: elements.filter_map(range).flatten().collect(),
         early_demux: sets().any(|set| set["name"] == EARLY_DEMUX),
+        timeouts: sets().filter_map(timeout).collect(),
     }))
 }
 
@@ -130,6 +137,9 @@ fn ruleset(plan: &Plan, noted: &Noted) -> String {
     let remember = format!("ct direction original ct mark set ct mark and {rest} or {ours}");
     let bring_back =
         format!("ct direction reply ct mark and {mask} == {ours} meta mark set meta mark and {rest} or {ours} accept");
+    // Outside the window of what connection tracking has seen, it belongs to no connection there. It may to a flow of ours.
+    let unplaced =
+        format!("meta l4proto {{ tcp, sctp }} ct state invalid meta mark set meta mark and {rest} or {ours} accept");
     let reserved: Vec<String> =
         sysctl::ranges(&noted.reserved).into_iter().map(|(first, last)| format!("{first}-{last}")).collect();
     let elements =
@@ -153,18 +163,22 @@ fn ruleset(plan: &Plan, noted: &Noted) -> String {
     let untracked_output = [format!("oifname \"{LINK}\" notrack")];
     chain("untracked_output", "filter hook output priority raw", &untracked_output);
     let marked = [
-        vec![format!("iifname \"{LINK}\" {remember} accept"), format!("iifname \"{LINK}\" accept"), bring_back.clone()],
+        vec![format!("iifname \"{LINK}\" {remember} accept"), format!("iifname \"{LINK}\" accept")],
+        vec![bring_back.clone(), unplaced.clone()],
         chains.errors.clone(),
     ]
     .concat();
     chain("marked", "filter hook prerouting priority mangle", &marked);
     // Endpoints in the host's own namespace, and ICMP errors of the host itself.
-    let marked_output = [vec![bring_back], chains.errors].concat();
+    let marked_output = [vec![bring_back, unplaced], chains.errors].concat();
     chain("marked_output", "route hook output priority mangle", &marked_output);
     let _ = write!(text, "  set {RESERVED} {{\n    type inet_service; flags interval; {elements}\n  }}\n");
     if noted.early_demux {
         // An empty set: that it is there says it.
         let _ = writeln!(text, "  set {EARLY_DEMUX} {{\n    type inet_service\n  }}");
+    }
+    for (name, seconds) in &noted.timeouts {
+        let _ = writeln!(text, "  set {name} {{\n    type mark; elements = {{ {seconds} }}\n  }}");
     }
     text.push_str("}\n");
     text
