@@ -1,5 +1,6 @@
 //! Configuration: every key, its default and its unit. Flags override the file.
 
+use std::fmt;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
@@ -7,14 +8,14 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use ipnet::IpNet;
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sluice_dataplane::table::{Balancing, DrainTimeout};
 
 const API_VERSION: &str = "sluice.dev/v1alpha1";
 const KIND: &str = "SluiceConfiguration";
 
 /// The whole configuration. An empty file is a valid one.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct Config {
     /// `sluice.dev/v1alpha1`.
@@ -52,7 +53,7 @@ pub struct Config {
     /// Try a new connection at another endpoint when the chosen one does not take it.
     pub retry: bool,
     /// How long an endpoint that became ready gets fewer new flows than its share, under least-connections; 0s: never.
-    #[serde(deserialize_with = "duration")]
+    #[serde(deserialize_with = "duration", serialize_with = "duration_text")]
     pub slow_start: Duration,
     /// Failed opens in a row after which an endpoint gets no new flows for a while; 0: never.
     pub eject_after: u16,
@@ -161,12 +162,12 @@ impl Config {
 }
 
 /// What becomes of the flows of endpoints that leave.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct Drain {
     /// How long an endpoint that leaves its slices, without having been terminating, keeps its flows: a duration such as
     /// `10m`, or `never`. Per Service: annotation `sluice.dev/drain-timeout`.
-    #[serde(deserialize_with = "drain_timeout")]
+    #[serde(deserialize_with = "drain_timeout", serialize_with = "drain_timeout_text")]
     pub timeout: DrainTimeout,
 }
 
@@ -186,6 +187,18 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
 
 fn drain_timeout<'de, D: Deserializer<'de>>(deserializer: D) -> Result<DrainTimeout, D::Error> {
     parse_drain_timeout(&String::deserialize(deserializer)?).map_err(serde::de::Error::custom)
+}
+
+fn drain_timeout_text<S: Serializer>(timeout: &DrainTimeout, serializer: S) -> Result<S::Ok, S::Error> {
+    match timeout {
+        DrainTimeout::After(after) => duration_text(after, serializer),
+        DrainTimeout::Never => serializer.serialize_str("never"),
+    }
+}
+
+fn duration_text<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    let duration = jiff::SignedDuration::try_from(*duration).map_err(serde::ser::Error::custom)?;
+    serializer.collect_str(&format_args!("{duration:#}"))
 }
 
 fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
@@ -236,6 +249,23 @@ impl FromStr for NodePortAddress {
     }
 }
 
+impl fmt::Display for NodePortAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Primary => f.write_str("primary"),
+            Self::All => f.write_str("all"),
+            Self::Localhost => f.write_str("localhost"),
+            Self::Range(range) => range.fmt(f),
+        }
+    }
+}
+
+impl Serialize for NodePortAddress {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
 impl<'de> Deserialize<'de> for NodePortAddress {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
@@ -243,7 +273,7 @@ impl<'de> Deserialize<'de> for NodePortAddress {
 }
 
 /// A range of ports, written `30000-32767`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PortRange {
     /// First port.
     pub first: u16,
@@ -265,8 +295,8 @@ impl PortRange {
     }
 }
 
-impl std::fmt::Display for PortRange {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for PortRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}-{}", self.first, self.last)
     }
 }
@@ -283,6 +313,12 @@ impl FromStr for PortRange {
         parse().filter(|range| 0 < range.first && range.first <= range.last && range.last < u16::MAX).ok_or_else(|| {
             format!("{text:?} is no port range: use two ports from 1 to 65534, the lower first, such as 30000-32767")
         })
+    }
+}
+
+impl Serialize for PortRange {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
     }
 }
 
@@ -316,6 +352,9 @@ mod tests {
         assert_eq!((config.drain.timeout, config.slow_start), (DrainTimeout::Never, Duration::from_secs(5)));
         assert!(config.masquerade_all && config.prune && !config.local_controllers);
         assert_eq!(config.health.port(), 2);
+        // What `/configz` shows is a configuration again.
+        assert_eq!(Config::parse(&serde_json::to_string(&config).unwrap()), Ok(config));
+        assert_eq!(Config::parse(&serde_json::to_string(&Config::default()).unwrap()), Ok(Config::default()));
     }
 
     #[test]

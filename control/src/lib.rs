@@ -19,6 +19,7 @@ pub mod loopback;
 pub mod node;
 pub mod object;
 pub mod problem;
+pub mod programming;
 pub mod publish;
 pub mod resolve;
 pub mod source;

@@ -4,13 +4,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use jiff::Timestamp;
+use sluice_dataplane::net::Family;
 use sluice_dataplane::packet_path::Shared;
 use sluice_dataplane::table::{Deadline, RoutingTable};
 
-use crate::admin;
+use crate::admin::kube_proxy::{Changes, Extent};
+use crate::admin::{self, kube_proxy};
 use crate::config::Config;
 use crate::drains::Target;
 use crate::problem::{Origin, Problem};
+use crate::programming;
 use crate::publish::Publisher;
 use crate::source::Update;
 
@@ -20,6 +23,8 @@ pub struct State {
     pub shared: Arc<Shared>,
     /// Configuration in force.
     pub config: Config,
+    /// When this process began.
+    pub started: Timestamp,
     /// Since when an update waits to be applied, and when the last one was.
     pub progress: Mutex<Progress>,
     publisher: Mutex<Publisher>,
@@ -45,6 +50,7 @@ impl State {
         Self {
             shared,
             config,
+            started: Timestamp::now(),
             progress: Mutex::new(progress),
             publisher: Mutex::new(publisher),
             health_problems: Mutex::default(),
@@ -66,9 +72,13 @@ impl State {
     /// Takes in an update and swaps the table it makes in.
     pub(crate) fn apply(&self, update: Update) -> Option<Arc<RoutingTable>> {
         let begun = Instant::now();
+        let families = self.families();
+        kube_proxy::queued(&families, Changes::of(&update.changes));
         let mut publisher = self.publisher();
+        let triggers = programming::triggers(publisher.store(), &update.changes, self.started);
         let table = publisher.update(update);
         let table = self.publish(table, begun);
+        kube_proxy::applied(&families, Extent::Changes, begun.elapsed(), &triggers);
         self.save(&mut publisher);
         table
     }
@@ -78,9 +88,20 @@ impl State {
         let begun = Instant::now();
         let flows = self.shared.flows().map(|flow| (flow.endpoint.ip(), flow.endpoint_slot));
         let mut publisher = self.publisher();
+        let changes = Changes::of(&update.changes);
         let table = publisher.first(update, flows);
         self.publish(Some(table), begun);
+        // Only now it is known which families are served.
+        kube_proxy::queued(&self.families(), changes);
+        kube_proxy::applied(&self.families(), Extent::All, begun.elapsed(), &[]);
         self.save(&mut publisher);
+    }
+
+    /// Families in which the node has an address.
+    pub(crate) fn families(&self) -> Vec<Family> {
+        let table = self.shared.table();
+        let has = |family: &Family| table.node().spec().addresses.iter().any(|address| Family::of(*address) == *family);
+        Family::BOTH.into_iter().filter(has).collect()
     }
 
     /// Drains endpoints by hand, or no longer. Returns whether the target was drained before.

@@ -71,6 +71,13 @@ impl Store {
         self.services.iter()
     }
 
+    /// An EndpointSlice.
+    #[must_use]
+    pub fn slice(&self, name: &ServiceName) -> Option<&Stored<EndpointSlice>> {
+        let service = self.slice_services.get(name);
+        service.map_or_else(|| self.unlabelled.get(name), |service| self.slices.get(service)?.get(&name.name))
+    }
+
     /// The EndpointSlices of a Service, by name.
     pub fn slices(&self, service: &ServiceName) -> impl Iterator<Item = &Stored<EndpointSlice>> {
         self.slices.get(service).into_iter().flat_map(BTreeMap::values)

@@ -9,8 +9,8 @@ use axum::http::StatusCode;
 use axum::response::IntoResponse;
 use jiff::Timestamp;
 use serde::Serialize;
-use sluice_dataplane::net::Family;
 
+use super::kube_proxy;
 use crate::state::State;
 
 /// An update that waits this long means that we are stuck: kube-proxy's twice `syncPeriod`.
@@ -37,12 +37,12 @@ struct FamilyHealth {
 /// Whether load balancers may send here: tables are applied and the node stays.
 pub async fn healthz(Extract(state): Extract<Arc<State>>) -> impl IntoResponse {
     let eligible = state.publisher().node().eligible;
-    answer(&state, Some(eligible))
+    answer(&state, "kubeproxy_proxy_healthz_total", Some(eligible))
 }
 
 /// Whether the daemon works.
 pub async fn livez(Extract(state): Extract<Arc<State>>) -> impl IntoResponse {
-    answer(&state, None)
+    answer(&state, "kubeproxy_proxy_livez_total", None)
 }
 
 /// Whether updates are applied in time.
@@ -51,17 +51,15 @@ pub fn is_healthy(state: &State) -> bool {
     state.progress().pending_since.is_none_or(|since| since.elapsed() < STALE)
 }
 
-fn answer(state: &State, node_eligible: Option<bool>) -> impl IntoResponse + use<> {
+fn answer(state: &State, counter: &'static str, node_eligible: Option<bool>) -> impl IntoResponse + use<> {
     let healthy = is_healthy(state);
     let now = Timestamp::now();
     // While all is well this is the time of asking: nothing that waits could be older.
     let last_updated = if healthy { now } else { state.progress().last_applied };
-    let spec = state.shared.table();
-    let families = Family::BOTH
-        .into_iter()
-        .filter(|family| spec.node().spec().addresses.iter().any(|address| Family::of(*address) == *family));
+    let families = state.families().into_iter();
     let status = families.map(|family| (family.to_string(), FamilyHealth { last_updated, healthy })).collect();
     let code = if healthy && node_eligible != Some(false) { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    kube_proxy::answered(counter, code);
     let body = Health { last_updated, current_time: now, node_eligible, healthy, status };
     let headers = [("Content-Type", "application/json"), ("X-Content-Type-Options", "nosniff")];
     (code, headers, serde_json::to_string(&body).unwrap_or_default())

@@ -11,7 +11,7 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use sluice_dataplane::net::Direction;
 use sluice_dataplane::table::{Failure, FrontendKind, PortName};
 
-use super::views;
+use super::{kube_proxy, views};
 use crate::problem::Severity;
 use crate::state::State;
 
@@ -32,6 +32,7 @@ pub fn install() -> Result<()> {
             let seconds = [0.1, 0.5, 1.0, 5.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0];
             builder.set_buckets_for_metric(Matcher::Full(DRAIN_SECONDS.to_owned()), &seconds)
         })
+        .and_then(kube_proxy::buckets)
         .context("buckets of a histogram")?
         .build_recorder();
     EVENTS.get_or_init(|| recorder.handle());
@@ -40,6 +41,7 @@ pub fn install() -> Result<()> {
     describe_histogram!(DRAIN_SECONDS, "Time from the beginning of a drain to the end of the endpoint's last flow");
     describe_counter!(EJECTIONS, "Endpoints that got no new flows for a while because too many failed");
     describe_counter!(REPAIRS, "Host state of ours that somebody else changed and that was put right");
+    kube_proxy::describe();
     Ok(())
 }
 
@@ -77,9 +79,18 @@ pub fn render(state: &State) -> String {
         record_services(state);
         record_endpoints(state);
         record_packet_path(state);
+        kube_proxy::record(state);
+        process();
     });
     let events = EVENTS.get().map(PrometheusHandle::render).unwrap_or_default();
     recorder.handle().render() + &events
+}
+
+/// Processor time, memory and files of this process, under the names that every Prometheus client has.
+fn process() {
+    let process = metrics_process::Collector::default();
+    process.describe();
+    process.collect();
 }
 
 fn describe() {

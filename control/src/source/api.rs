@@ -20,6 +20,7 @@ mod assembly;
 mod backoff;
 mod failure;
 mod follow;
+pub mod requests;
 mod slim;
 
 /// How long the start waits for the own Node, as kube-proxy does.

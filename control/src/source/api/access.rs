@@ -5,7 +5,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use axum::http::{HeaderValue, header};
+use kube::client::ClientBuilder;
 use kube::config::{KubeConfigOptions, Kubeconfig};
+
+use super::requests::Count;
 
 /// Most that a connection may take to be made.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
@@ -41,7 +44,10 @@ impl Access {
         config.default_retry = false;
         let agent = HeaderValue::from_static(concat!("sluice/", env!("CARGO_PKG_VERSION")));
         config.headers.push((header::USER_AGENT, agent));
-        kube::Client::try_from(config).context("the API server's address or the credentials cannot be used")
+        let host = config.cluster_url.authority().map(ToString::to_string).unwrap_or_default();
+        let client =
+            ClientBuilder::try_from(config).context("the API server's address or the credentials cannot be used")?;
+        Ok(client.with_layer(&Count { host: host.into() }).build())
     }
 }
 

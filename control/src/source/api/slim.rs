@@ -10,11 +10,10 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::de::DeserializeOwned;
 
 use crate::object::Object;
+use crate::programming::TRIGGER_TIME;
 
 /// Prefix of annotations of ours.
 const OURS: &str = "sluice.dev/";
-/// When the change of endpoints that a slice tells of was triggered.
-const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 
 /// A kind that is watched.
 pub(super) trait Watched:
