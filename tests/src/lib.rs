@@ -4,9 +4,11 @@ pub mod cluster;
 pub mod control_plane;
 pub mod http;
 pub mod lab;
+pub mod live;
 pub mod manifests;
 pub mod naive;
 pub mod probe;
+pub mod relay;
 pub mod sctp;
 pub mod web;
 

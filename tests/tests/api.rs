@@ -9,62 +9,8 @@ use serde_json::{Value, json};
 use sluice_bench::client::{self, Target, ask};
 use sluice_tests::cluster::{Cluster, SOON};
 use sluice_tests::control_plane::{self, ControlPlane};
+use sluice_tests::live::{ADDRESS, cluster, publish, service, slices, wait_for};
 use sluice_tests::{can_run_in_namespaces, manifests};
-
-/// Where the API server is, as a Pod of the cluster.
-const ADDRESS: &str = "10.244.255.1";
-
-/// A node whose Services come from an API server, with two Pods; the Node and the Service `web` with the first are there.
-fn cluster() -> (Cluster, ControlPlane) {
-    let mut cluster = Cluster::new().unwrap();
-    cluster.add_pod(1).unwrap();
-    cluster.add_pod(2).unwrap();
-    let pod = cluster.topology.add_pod("control-plane", &[ADDRESS.parse().unwrap()]).unwrap();
-    let plane = ControlPlane::start(pod.ns, ADDRESS).unwrap();
-    let addresses: Vec<IpAddr> = cluster.topology.config.node.iter().map(ipnet::IpNet::addr).collect();
-    plane.create(&manifests::node(&addresses)).unwrap();
-    publish(&cluster, &plane, "web", 10);
-    cluster.watch_api(plane.kubeconfig("proxy"));
-    cluster.arguments(&["--log-level", "info,sluice_control::source::api=debug"]);
-    (cluster, plane)
-}
-
-/// Creates a Service whose endpoint is the first Pod.
-fn publish(cluster: &Cluster, plane: &ControlPlane, name: &str, host: u8) {
-    plane.create(&service(name, host)).unwrap();
-    for slice in slices(cluster, name, 0..1) {
-        plane.create(&slice).unwrap();
-    }
-}
-
-/// With one port: an API server gives a node port number to one port only.
-fn service(name: &str, host: u8) -> Value {
-    let mut service = manifests::service(name, host);
-    service["spec"]["ports"].as_array_mut().unwrap().truncate(1);
-    service
-}
-
-fn slices(cluster: &Cluster, name: &str, pods: std::ops::Range<usize>) -> Vec<Value> {
-    let pods: Vec<(String, Vec<IpAddr>)> =
-        cluster.pods[pods].iter().map(|pod| (pod.pod.name.clone(), pod.pod.addresses.clone())).collect();
-    manifests::slices(name, &pods)
-}
-
-/// Waits until the endpoints that a new connection to this ClusterIP may get are these.
-fn wait_for(cluster: &Cluster, host: u8, outcome: &str, endpoints: &[&str]) {
-    let to = format!("10.96.0.{host}:80");
-    let trace = ["trace", "--from", "10.244.0.7", "--to", &to, "--admin", "127.0.0.1:10249", "-o", "json"];
-    let wanted = json!(endpoints);
-    let deadline = Instant::now() + SOON;
-    loop {
-        let answer: Value = serde_json::from_str(&cluster.sluice(&trace).unwrap()).unwrap();
-        if answer["outcome"] == outcome && (answer["endpoints"] == wanted || endpoints.is_empty()) {
-            return;
-        }
-        assert!(Instant::now() < deadline, "{to}: {answer} instead of {outcome} {wanted}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
 
 fn who_answers(cluster: &Cluster, host: u8) -> Option<String> {
     let target = Target::Http(SocketAddr::from(([10, 96, 0, host], 80)));
@@ -130,7 +76,7 @@ fn services_follow_a_real_api_server_through_restarts_cuts_and_compaction() {
     if !can_run_in_namespaces(WHAT) || !control_plane::can_run(WHAT) {
         return;
     }
-    let (mut cluster, mut plane) = cluster();
+    let (mut cluster, mut plane) = cluster().unwrap();
 
     // What would be served is printed, and nothing is touched.
     let before = cluster.host_state().unwrap();
@@ -148,21 +94,21 @@ fn services_follow_a_real_api_server_through_restarts_cuts_and_compaction() {
     let mut connection = cluster.topology.client.run(connect).unwrap();
     assert_eq!(connection.get("/").unwrap(), "web-1");
     assert!(!cluster.problems().unwrap().contains("cannot"), "the role system:node-proxier is enough");
-    publish(&cluster, &plane, "other", 11);
-    wait_for(&cluster, 11, "forward", &[FIRST]);
+    publish(&cluster, &plane, "other", 11).unwrap();
+    wait_for(&cluster, 11, "forward", &[FIRST]).unwrap();
     for slice in slices(&cluster, "web", 0..2) {
         plane.patch(&slice, &json!({"endpoints": slice["endpoints"]})).unwrap();
     }
-    wait_for(&cluster, 10, "forward", &[FIRST, SECOND]);
+    wait_for(&cluster, 10, "forward", &[FIRST, SECOND]).unwrap();
     // A Service of another proxy, and one that becomes so.
     let label = json!({"metadata": {"labels": {"service.kubernetes.io/service-proxy-name": "another"}}});
     plane.patch(&service("other", 11), &label).unwrap();
-    wait_for(&cluster, 11, "drop", &[]);
+    wait_for(&cluster, 11, "drop", &[]).unwrap();
     let label = json!({"metadata": {"labels": {"service.kubernetes.io/service-proxy-name": null}}});
     plane.patch(&service("other", 11), &label).unwrap();
-    wait_for(&cluster, 11, "forward", &[FIRST]);
+    wait_for(&cluster, 11, "forward", &[FIRST]).unwrap();
     plane.delete(&service("other", 11)).unwrap();
-    wait_for(&cluster, 11, "drop", &[]);
+    wait_for(&cluster, 11, "drop", &[]).unwrap();
 
     // Without the API server everything stays as it is, and is said.
     plane.kill_api_server().unwrap();
@@ -170,8 +116,8 @@ fn services_follow_a_real_api_server_through_restarts_cuts_and_compaction() {
     assert!(who_answers(&cluster, 10).is_some());
     assert_eq!(connection.get("/").unwrap(), "web-1");
     plane.start_api_server().unwrap();
-    publish(&cluster, &plane, "third", 12);
-    wait_for(&cluster, 12, "forward", &[FIRST]);
+    publish(&cluster, &plane, "third", 12).unwrap();
+    wait_for(&cluster, 12, "forward", &[FIRST]).unwrap();
     cluster.wait_for_problems("the API server is back", |problems| !problems.contains("cannot")).unwrap();
 
     // Cut off while much changes, and then the server has forgotten what: what vanished goes, what stayed is not touched.
@@ -179,15 +125,15 @@ fn services_follow_a_real_api_server_through_restarts_cuts_and_compaction() {
     plane.kill_api_server().unwrap();
     plane.start_api_server().unwrap();
     plane.delete(&service("third", 12)).unwrap();
-    publish(&cluster, &plane, "fourth", 13);
+    publish(&cluster, &plane, "fourth", 13).unwrap();
     plane.compact().unwrap();
     plane.kill_api_server().unwrap();
     plane.start_api_server().unwrap();
     assert!(who_answers(&cluster, 12).is_some(), "nothing is known of it yet");
     cut(&cluster, "del").unwrap();
-    wait_for(&cluster, 13, "forward", &[FIRST]);
-    wait_for(&cluster, 12, "drop", &[]);
-    wait_for(&cluster, 10, "forward", &[FIRST, SECOND]);
+    wait_for(&cluster, 13, "forward", &[FIRST]).unwrap();
+    wait_for(&cluster, 12, "drop", &[]).unwrap();
+    wait_for(&cluster, 10, "forward", &[FIRST, SECOND]).unwrap();
     assert!(cluster.log().contains("our version has expired"), "this was about 410\n{}", cluster.log());
     assert_eq!(connection.get("/").unwrap(), "web-1", "the connection went on through it all");
 
@@ -199,10 +145,10 @@ fn services_follow_a_real_api_server_through_restarts_cuts_and_compaction() {
     let pods = cluster.pods.iter().map(|pod| running(&pod.pod.name, &pod.pod.addresses));
     let pods: Vec<Value> = pods.collect();
     pods.iter().for_each(|pod| plane.create(pod).unwrap());
-    wait_for(&cluster, 14, "forward", &[FIRST, SECOND]);
+    wait_for(&cluster, 14, "forward", &[FIRST, SECOND]).unwrap();
     let unready = json!({"status": {"conditions": [{"type": "Ready", "status": "False"}]}});
     plane.patch_status(&pods[1], &unready).unwrap();
-    wait_for(&cluster, 14, "forward", &[FIRST]);
+    wait_for(&cluster, 14, "forward", &[FIRST]).unwrap();
     assert_eq!(who_answers(&cluster, 14).as_deref(), Some("web-1"));
 
     // What is not allowed is named.
