@@ -23,15 +23,17 @@ use crate::state::State;
 pub struct HealthCheck {
     /// `spec.healthCheckNodePort`.
     pub port: u16,
-    /// Distinct addresses of ready endpoints on this node, IPv4 and IPv6.
-    pub local_endpoints: [usize; 2],
+    /// Distinct addresses of ready endpoints on this node, IPv4 and IPv6; none for a family that the Service has not.
+    pub local_endpoints: [Option<usize>; 2],
 }
 
 impl HealthCheck {
-    /// The count of a family.
+    /// What an address of this family is to answer. Load balancers ask at any address of the node, whatever the Service's
+    /// families are: about a Service of one family all say the same.
     #[must_use]
     pub fn count(&self, family: Family) -> usize {
-        self.local_endpoints[family as usize]
+        let [own, other] = [family as usize, 1 - family as usize].map(|index| self.local_endpoints[index]);
+        own.or(other).unwrap_or_default()
     }
 }
 

@@ -1,5 +1,6 @@
 //! A real control plane, of programs that `scripts/kube/build` has built, in a namespace of its own.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -99,6 +100,16 @@ impl ControlPlane {
     #[must_use]
     pub fn kubeconfig(&self, user: &str) -> PathBuf {
         self.folder.path().join(format!("{user}.kubeconfig"))
+    }
+
+    /// The kubeconfig of a user with the API server at another address, which passes on to it.
+    pub fn kubeconfig_through(&self, user: &str, relay: SocketAddr) -> Result<PathBuf> {
+        let text = std::fs::read_to_string(self.kubeconfig(user))?;
+        let (own, other) = (format!("https://{}:6443", self.address), format!("https://{relay}"));
+        let name = format!("\"{other}\", tls-server-name: \"{}\"", self.address);
+        let path = self.folder.path().join(format!("{user}-{}.kubeconfig", relay.port()));
+        std::fs::write(&path, text.replace(&format!("\"{own}\""), &name))?;
+        Ok(path)
     }
 
     /// The certificate that tells the API server.

@@ -8,6 +8,7 @@ pub mod lab;
 pub mod manifests;
 pub mod naive;
 pub mod probe;
+pub mod relay;
 pub mod sctp;
 pub mod stage;
 pub mod talk;

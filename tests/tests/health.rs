@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use sluice_bench::client::Failure;
 use sluice_tests::cluster::{Cluster, SOON};
-use sluice_tests::lab::{ENDPOINT, Lab, endpoint, node_port, service, slices};
+use sluice_tests::lab::{ENDPOINT, Lab, cluster_ip, endpoint, node_port, service, slices};
 use sluice_tests::probe::{Protocol, ask};
 use sluice_tests::{can_run_in_namespaces, http, manifests};
 
@@ -40,6 +40,23 @@ fn wait_for(what: &str, want: &http::Answer, ask: impl Fn() -> anyhow::Result<ht
     }
 }
 
+/// The answer about `web` with so many endpoints here.
+fn answer(count: usize) -> http::Answer {
+    let headers = [
+        ("content-type", "application/json".to_owned()),
+        ("x-content-type-options", "nosniff".to_owned()),
+        ("x-load-balancing-endpoint-weight", count.to_string()),
+    ];
+    http::Answer {
+        status: if count > 0 { 200 } else { 503 },
+        headers: headers.map(|(name, value)| (name.to_owned(), value)).into(),
+        body: format!(
+            "{{\n\t\"service\": {{\n\t\t\"namespace\": \"default\",\n\t\t\"name\": \"web\"\n\t}},\n\t\
+             \"localEndpoints\": {count},\n\t\"serviceProxyHealthy\": true\n}}"
+        ),
+    }
+}
+
 #[test]
 fn health_check_node_ports_tell_how_many_endpoints_are_here() {
     if !can_run_in_namespaces("healthCheckNodePort") {
@@ -50,21 +67,6 @@ fn health_check_node_ports_tell_how_many_endpoints_are_here() {
     let state = |ready: bool, terminating: bool| json!({"conditions": {"ready": ready, "serving": true, "terminating": terminating}});
     publish(&lab, "web", &[ready(1), ready(3)]);
     lab.cluster.start().unwrap();
-    let answer = |count: usize| {
-        let headers = [
-            ("content-type", "application/json".to_owned()),
-            ("x-content-type-options", "nosniff".to_owned()),
-            ("x-load-balancing-endpoint-weight", count.to_string()),
-        ];
-        http::Answer {
-            status: if count > 0 { 200 } else { 503 },
-            headers: headers.map(|(name, value)| (name.to_owned(), value)).into(),
-            body: format!(
-                "{{\n\t\"service\": {{\n\t\t\"namespace\": \"default\",\n\t\t\"name\": \"web\"\n\t}},\n\t\
-                 \"localEndpoints\": {count},\n\t\"serviceProxyHealthy\": true\n}}"
-            ),
-        }
-    };
     // Endpoints here that are ready count, each once, on whatever path they are asked about.
     let rows = [
         (vec![ready(1), ready(3)], 1, "/"),
@@ -82,6 +84,21 @@ fn health_check_node_ports_tell_how_many_endpoints_are_here() {
             for client in ["outside", "node"] {
                 let ns = lab.client(client).unwrap();
                 wait_for(&format!("{client}: {address}"), &answer(count), || http::get(ns, address, path));
+            }
+        }
+    }
+    // A Service of one family, at addresses of both.
+    for v4 in [true, false] {
+        let (family, ip) = (if v4 { "IPv4" } else { "IPv6" }, cluster_ip(1, v4).to_string());
+        let spec = json!({"externalTrafficPolicy": "Local", "healthCheckNodePort": CHECK,
+            "ipFamilies": [family], "clusterIP": ip, "clusterIPs": [ip]});
+        for (endpoints, count) in [(vec![ready(1), ready(2)], 2), (vec![ready(3)], 0)] {
+            let objects = [vec![service(1, "web", spec.clone())], slices("web", ENDPOINT, &endpoints)].concat();
+            lab.cluster.write("web.json", &objects).unwrap();
+            for v4 in [true, false] {
+                let address = SocketAddr::new(node(&lab.cluster, v4), CHECK);
+                let ask = || http::get(lab.client("outside")?, address, "/");
+                wait_for(&format!("{family} only: {address}"), &answer(count), ask);
             }
         }
     }

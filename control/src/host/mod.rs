@@ -75,13 +75,14 @@ impl Host {
         let mut changes = link::set_up(&self.netlink).await?;
         let found = nft::read()?;
         let (reserved, early_demux) = (sysctl::reserved_ports(), sysctl::early_demux());
+        let short_timeouts = sysctl::short_timeouts();
         let wanted: BTreeSet<u16> = plan.masquerade_ports.into_iter().flat_map(PortRange::range).collect();
         let missing: BTreeSet<u16> = wanted.difference(&reserved).copied().collect();
-        if self.plan != plan || found.is_none() || self.table != found || !missing.is_empty() || early_demux {
+        let is_noted = missing.is_empty() && !early_demux && short_timeouts.is_empty();
+        if self.plan != plan || found.is_none() || self.table != found || !is_noted {
             // What we change is noted in our nftables table first: only so can it be told from what others changed.
-            let noted = found.as_ref().map(nft::Table::noted).unwrap_or_default();
-            self.noted.reserved.extend(noted.reserved.iter().chain(&missing));
-            self.noted.early_demux |= noted.early_demux || early_demux;
+            self.noted.add(found.as_ref().map(nft::Table::noted).unwrap_or_default());
+            self.noted.add(nft::Noted { reserved: missing.clone(), early_demux, timeouts: short_timeouts.clone() });
             self.table = nft::apply(&plan, &self.noted)?;
             if self.table != found {
                 changes.push("nftables table".to_owned());
@@ -94,6 +95,10 @@ impl Host {
         if early_demux {
             sysctl::set_early_demux(false)?;
             changes.push("TCP early demux".to_owned());
+        }
+        if !short_timeouts.is_empty() {
+            sysctl::lengthen_timeouts()?;
+            changes.push("timeouts of connection tracking".to_owned());
         }
         changes.extend(route::apply(&self.netlink, &plan).await?);
         changes.extend(rule::apply(&self.netlink, &plan).await?);
@@ -112,9 +117,7 @@ impl Host {
         removed.extend(route::remove(&self.netlink).await?);
         let found = nft::read()?;
         let mut ours = std::mem::take(&mut self.noted);
-        let noted = found.as_ref().map(nft::Table::noted).unwrap_or_default();
-        ours.reserved.extend(noted.reserved);
-        ours.early_demux |= noted.early_demux;
+        ours.add(found.as_ref().map(nft::Table::noted).unwrap_or_default());
         if !ours.reserved.is_empty() {
             let left = sysctl::reserved_ports().difference(&ours.reserved).copied().collect();
             sysctl::set_reserved_ports(&left)?;
@@ -122,6 +125,7 @@ impl Host {
         if ours.early_demux {
             sysctl::set_early_demux(true)?;
         }
+        sysctl::restore_timeouts(&ours.timeouts)?;
         if found.is_some() {
             nft::remove()?;
             removed.push("nftables table".to_owned());

@@ -1,7 +1,7 @@
 //! Our one nftables table, which never changes when Services do: it keeps packets of the packet path out of connection
 //! tracking, except those of flows that keep the client's address, and marks what must come back to us.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::net::IpAddr;
@@ -29,6 +29,19 @@ pub(super) struct Noted {
     pub(super) reserved: BTreeSet<u16>,
     /// Early demux of TCP was on.
     pub(super) early_demux: bool,
+    /// Timeouts of connection tracking that we made longer, in seconds.
+    pub(super) timeouts: BTreeMap<String, u32>,
+}
+
+impl Noted {
+    /// Notes this too; what was noted first of a setting stays.
+    pub(super) fn add(&mut self, other: Self) {
+        self.reserved.extend(other.reserved);
+        self.early_demux |= other.early_demux;
+        for (name, seconds) in other.timeouts {
+            self.timeouts.entry(name).or_insert(seconds);
+        }
+    }
 }
 
 /// Our table as the kernel has it, but for the numbers that it gives to everything.
@@ -73,9 +86,14 @@ fn noted(entries: &[Value]) -> Noted {
         Some(ends) => Some(port(ends.first()?)?..=port(ends.get(1)?)?),
         None => port(element).map(|port| port..=port),
     };
+    let timeout = |set: &Value| {
+        let name = set["name"].as_str().filter(|name| sysctl::is_timeout(name))?;
+        Some((name.to_owned(), u32::try_from(set["elem"][0].as_u64()?).ok()?))
+    };
     Noted {
         reserved: elements.filter_map(range).flatten().collect(),
         early_demux: sets().any(|set| set["name"] == EARLY_DEMUX),
+        timeouts: sets().filter_map(timeout).collect(),
     }
 }
 
@@ -144,14 +162,17 @@ fn ruleset(plan: &Plan, noted: &Noted) -> String {
     // Cheap rules first, and each ends the chain: every packet of the host comes by here. Service addresses outside the
     // ranges, where there are any, are those that the host routes to our link: the rule never needs to name them.
     if plan.services.iter().any(is_host) {
-        chains.arriving.push(format!("fib daddr oifname \"{LINK}\" notrack accept"));
-        chains.leaving.push(format!("fib saddr oifname \"{LINK}\" notrack accept"));
+        chains.arriving.push(format!("fib daddr oif \"{LINK}\" notrack accept"));
+        chains.leaving.push(format!("fib saddr oif \"{LINK}\" notrack accept"));
         // Passed on as it came: no Service has the port. Its replies need not come to us.
-        chains.leaving.push(format!("fib daddr oifname \"{LINK}\" notrack accept"));
+        chains.leaving.push(format!("fib daddr oif \"{LINK}\" notrack accept"));
     }
     let remember = format!("ct direction original ct mark set ct mark and {rest} or {ours}");
     let bring_back =
         format!("ct direction reply ct mark and {mask} == {ours} meta mark set meta mark and {rest} or {ours} accept");
+    // Outside the window of what connection tracking has seen, it belongs to no connection there. It may to a flow of ours.
+    let unplaced =
+        format!("meta l4proto {{ tcp, sctp }} ct state invalid meta mark set meta mark and {rest} or {ours} accept");
     let reserved: Vec<String> =
         sysctl::ranges(&noted.reserved).into_iter().map(|(first, last)| format!("{first}-{last}")).collect();
     let elements =
@@ -168,25 +189,29 @@ fn ruleset(plan: &Plan, noted: &Noted) -> String {
         text.push_str("  }\n");
     };
     chain("from_us", "", &chains.leaving);
-    let from_us = format!("iifname \"{LINK}\" jump from_us");
-    let from_us_accept = format!("iifname \"{LINK}\" accept");
-    let untracked = [vec![from_us, from_us_accept], chains.arriving].concat();
+    let untracked = [vec![format!("iif \"{LINK}\" goto from_us")], chains.arriving].concat();
     chain("untracked", "filter hook prerouting priority raw", &untracked);
-    let untracked_output = [format!("oifname \"{LINK}\" notrack")];
+    let untracked_output = [format!("oif \"{LINK}\" notrack")];
     chain("untracked_output", "filter hook output priority raw", &untracked_output);
+    // Most packets: nothing that follows is for them.
+    let most = "ct state untracked accept".to_owned();
     let marked = [
-        vec![format!("iifname \"{LINK}\" {remember} accept"), format!("iifname \"{LINK}\" accept"), bring_back.clone()],
+        vec![most.clone(), format!("iif \"{LINK}\" {remember} accept"), format!("iif \"{LINK}\" accept")],
+        vec![bring_back.clone(), unplaced.clone()],
         chains.errors.clone(),
     ]
     .concat();
     chain("marked", "filter hook prerouting priority mangle", &marked);
     // Endpoints in the host's own namespace, and ICMP errors of the host itself.
-    let marked_output = [vec![bring_back], chains.errors].concat();
+    let marked_output = [vec![most, bring_back, unplaced], chains.errors].concat();
     chain("marked_output", "route hook output priority mangle", &marked_output);
     let _ = write!(text, "  set {RESERVED} {{\n    type inet_service; flags interval; {elements}\n  }}\n");
     if noted.early_demux {
         // An empty set: that it is there says it.
         let _ = writeln!(text, "  set {EARLY_DEMUX} {{\n    type inet_service\n  }}");
+    }
+    for (name, seconds) in &noted.timeouts {
+        let _ = writeln!(text, "  set {name} {{\n    type mark; elements = {{ {seconds} }}\n  }}");
     }
     text.push_str("}\n");
     text
@@ -235,7 +260,7 @@ impl Chains {
             self.leaving.push(format!("{ip} saddr {address} {protocols} th sport {{ {ports} }} notrack accept"));
             // The packet that an error quotes is one of ours: its source is this address with such a port.
             self.errors.push(format!(
-                "iifname != \"{LINK}\" {ip} daddr {address} {icmp} type {{ {types} }} @th,{},16 {{ {ports} }} meta mark set meta mark and {:#010x} or {MARK:#010x}",
+                "iif != \"{LINK}\" {ip} daddr {address} {icmp} type {{ {types} }} @th,{},16 {{ {ports} }} meta mark set meta mark and {:#010x} or {MARK:#010x}",
                 quoted_port * 8,
                 !MARK_MASK
             ));

@@ -1,6 +1,6 @@
 //! Kernel settings: those of our link, the ports we reserve, and those that must be on already.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::ErrorKind;
 
@@ -12,6 +12,19 @@ use super::Lacking;
 const RESERVED_PORTS: &str = "/proc/sys/net/ipv4/ip_local_reserved_ports";
 /// Of both families, whatever its name.
 const EARLY_DEMUX: &str = "/proc/sys/net/ipv4/tcp_early_demux";
+
+/// Timeouts of connection tracking that must not be shorter than those of our flows: what it has forgotten of a flow that keeps
+/// the client's address, it cannot bring back to us. The kernel's own values are those of a host where it is not loaded yet.
+const TIMEOUTS: [Timeout; 2] = [
+    Timeout { name: "tcp_timeout_established", seconds: 24 * 3600, of_kernel: 5 * 24 * 3600 },
+    Timeout { name: "tcp_timeout_close_wait", seconds: 3600, of_kernel: 60 },
+];
+
+struct Timeout {
+    name: &'static str,
+    seconds: u32,
+    of_kernel: u32,
+}
 
 /// Whether the host has this family at all.
 #[must_use]
@@ -92,6 +105,41 @@ pub(super) fn early_demux() -> bool {
 /// Turns that on or off.
 pub(super) fn set_early_demux(on: bool) -> Result<()> {
     write(EARLY_DEMUX, if on { "1" } else { "0" })
+}
+
+/// Timeouts of connection tracking that are too short, in seconds.
+pub(super) fn short_timeouts() -> BTreeMap<String, u32> {
+    let now = |timeout: &Timeout| timeout_now(timeout.name).unwrap_or(timeout.of_kernel);
+    TIMEOUTS.iter().filter(|it| now(it) < it.seconds).map(|it| (it.name.to_owned(), now(it))).collect()
+}
+
+/// Makes them as long as they must be. The module must be loaded.
+pub(super) fn lengthen_timeouts() -> Result<()> {
+    let short = short_timeouts();
+    TIMEOUTS.iter().filter(|it| short.contains_key(it.name)).try_for_each(|it| set_timeout(it.name, it.seconds))
+}
+
+/// Makes them what they were, unless somebody has changed them since.
+pub(super) fn restore_timeouts(noted: &BTreeMap<String, u32>) -> Result<()> {
+    let ours = TIMEOUTS.iter().filter(|it| timeout_now(it.name) == Some(it.seconds));
+    ours.filter_map(|it| noted.get_key_value(it.name)).try_for_each(|(name, seconds)| set_timeout(name, *seconds))
+}
+
+/// Whether a setting is one of them.
+pub(super) fn is_timeout(name: &str) -> bool {
+    TIMEOUTS.iter().any(|it| it.name == name)
+}
+
+fn timeout_path(name: &str) -> String {
+    format!("/proc/sys/net/netfilter/nf_conntrack_{name}")
+}
+
+fn timeout_now(name: &str) -> Option<u32> {
+    read(&timeout_path(name))?.parse().ok()
+}
+
+fn set_timeout(name: &str, seconds: u32) -> Result<()> {
+    write(&timeout_path(name), &seconds.to_string())
 }
 
 /// Consecutive ports as ranges.

@@ -95,7 +95,7 @@ pub fn resolve<'s>(
     let slices = endpoints::in_force(slices);
     endpoints::report_types(&slices, &mut problems);
     let mut ports = Vec::with_capacity(service_ports.len() * cluster_ips.len());
-    let mut local_ready = [0, 0];
+    let mut local_ready = [None, None];
     for (family, cluster_ip) in cluster_ips {
         let of_family = |addresses: &[IpAddr]| -> Vec<IpAddr> {
             addresses.iter().copied().filter(|address| Family::of(*address) == family).collect()
@@ -110,7 +110,7 @@ pub fn resolve<'s>(
             node_port_addresses: &rules.node_port_addresses,
         };
         let candidates = endpoints::Candidates::new(&slices, family, node, rules, &own, &mut problems);
-        local_ready[family as usize] = candidates.local_ready();
+        local_ready[family as usize] = Some(candidates.local_ready());
         for port in &service_ports {
             let endpoints = candidates.of_port(port.name, port.protocol, &own, &mut problems);
             let reaches_outside = port.node_port.is_some() || !vips.is_empty() || !external_ips.is_empty();
