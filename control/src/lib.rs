@@ -13,6 +13,7 @@ pub mod demo;
 pub mod drains;
 pub mod health_check;
 pub mod host;
+pub mod kube_proxy;
 pub mod lives;
 pub mod local;
 pub mod loopback;

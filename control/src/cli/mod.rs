@@ -1,12 +1,13 @@
 //! The command line: one file a command, and what every command's failure means to a script.
 
 use std::io::Write as _;
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{CommandFactory as _, Parser, Subcommand};
 
-use crate::config::ConfigError;
+use crate::config::{Config, ConfigError};
 use crate::host::Lacking;
 
 pub mod check;
@@ -97,6 +98,16 @@ fn exit_code(error: &anyhow::Error) -> u8 {
     } else {
         WRONG
     }
+}
+
+/// The configuration of a file, or the default one. Says on standard error what of kube-proxy's is ignored.
+pub(crate) fn read_config(path: Option<&Path>) -> Result<Config, ConfigError> {
+    let Some(path) = path else { return Ok(Config::default()) };
+    let (config, wishes) = Config::read(path)?;
+    if let Some(warning) = wishes.and_then(|wishes| wishes.warning) {
+        eprintln!("sluice: {warning}");
+    }
+    Ok(config)
 }
 
 /// Writes to standard output. That nobody reads any more (`sluice get flows | head`) is no failure.
