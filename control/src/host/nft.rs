@@ -12,7 +12,8 @@ use anyhow::{Context as _, Result};
 use serde_json::Value;
 use sluice_dataplane::net::Family;
 
-use super::{LINK, Lacking, MARK, MARK_MASK, Plan, sysctl};
+use super::conntrack::Direction;
+use super::{LINK, Lacking, MARK, MARK_MASK, Plan, carried, sysctl, tool};
 
 const TABLE: &str = "sluice";
 const RESERVED: &str = "reserved_ports";
@@ -34,9 +35,7 @@ pub(super) struct Noted {
 
 /// What our table on this host notes; nothing when it is not there.
 pub(super) fn noted() -> Result<Option<Noted>> {
-    let tables = list(&["tables", "inet"])?;
-    let is_ours = |entry: &Value| entry["table"]["name"] == TABLE;
-    if !tables["nftables"].as_array().is_some_and(|entries| entries.iter().any(is_ours)) {
+    if !has_table("inet", TABLE)? {
         return Ok(None);
     }
     let table = list(&["table", "inet", TABLE])?;
@@ -55,9 +54,9 @@ pub(super) fn noted() -> Result<Option<Noted>> {
 
 /// Puts the table in place of the last one, in one transaction, with this noted in it. Returns whether it
 /// differs from what this process put there before.
-pub(super) fn apply(plan: &Plan, noted: &Noted) -> Result<bool> {
+pub(super) fn apply(plan: &Plan, noted: &Noted, carried: &BTreeSet<Direction>) -> Result<bool> {
     static LAST: Mutex<String> = Mutex::new(String::new());
-    let text = ruleset(plan, noted);
+    let text = ruleset(plan, noted, carried);
     run(&text)?;
     let mut last = LAST.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     Ok(std::mem::replace(&mut *last, text.clone()) != text)
@@ -65,7 +64,18 @@ pub(super) fn apply(plan: &Plan, noted: &Noted) -> Result<bool> {
 
 /// Removes the table.
 pub(super) fn remove() -> Result<()> {
-    run(&format!("add table inet {TABLE}\ndelete table inet {TABLE}\n"))
+    delete_table("inet", TABLE)
+}
+
+/// Whether there is such a table, of whomever.
+pub(crate) fn has_table(family: &str, name: &str) -> Result<bool> {
+    let tables = list(&["tables", family])?;
+    Ok(tables["nftables"].as_array().is_some_and(|entries| entries.iter().any(|entry| entry["table"]["name"] == name)))
+}
+
+/// Removes a table, when it is there.
+pub(crate) fn delete_table(family: &str, name: &str) -> Result<()> {
+    run(&format!("add table {family} {name}\ndelete table {family} {name}\n"))
 }
 
 fn list(arguments: &[&str]) -> Result<Value> {
@@ -95,11 +105,7 @@ fn run(script: &str) -> Result<()> {
 }
 
 fn command() -> Command {
-    let mut command = Command::new("nft");
-    // It lives where a user's path does not always lead.
-    let path = std::env::var("PATH").unwrap_or_default();
-    command.env("PATH", format!("{path}:/usr/sbin:/sbin"));
-    command
+    tool("nft")
 }
 
 fn missing(error: std::io::Error) -> anyhow::Error {
@@ -112,7 +118,7 @@ fn refused(stderr: &[u8]) -> anyhow::Error {
 }
 
 /// The whole table as an nft script.
-fn ruleset(plan: &Plan, noted: &Noted) -> String {
+fn ruleset(plan: &Plan, noted: &Noted, carried: &BTreeSet<Direction>) -> String {
     let mut chains = Chains::default();
     for family in &plan.families {
         chains.own_ports(plan, *family);
@@ -148,9 +154,10 @@ fn ruleset(plan: &Plan, noted: &Noted) -> String {
     chain("from_us", "", &chains.leaving);
     let from_us = format!("iifname \"{LINK}\" jump from_us");
     let from_us_accept = format!("iifname \"{LINK}\" accept");
-    let untracked = [vec![from_us, from_us_accept], chains.arriving].concat();
+    let kept = carried::rules(carried);
+    let untracked = [vec![from_us, from_us_accept], kept.clone(), chains.arriving].concat();
     chain("untracked", "filter hook prerouting priority raw", &untracked);
-    let untracked_output = [format!("oifname \"{LINK}\" notrack")];
+    let untracked_output = [kept, vec![format!("oifname \"{LINK}\" notrack")]].concat();
     chain("untracked_output", "filter hook output priority raw", &untracked_output);
     let marked = [
         vec![format!("iifname \"{LINK}\" {remember} accept"), format!("iifname \"{LINK}\" accept"), bring_back.clone()],
@@ -162,6 +169,7 @@ fn ruleset(plan: &Plan, noted: &Noted) -> String {
     let marked_output = [vec![bring_back], chains.errors].concat();
     chain("marked_output", "route hook output priority mangle", &marked_output);
     let _ = write!(text, "  set {RESERVED} {{\n    type inet_service; flags interval; {elements}\n  }}\n");
+    text.push_str(&carried::sets_and_chains(carried));
     if noted.early_demux {
         // An empty set: that it is there says it.
         let _ = writeln!(text, "  set {EARLY_DEMUX} {{\n    type inet_service\n  }}");

@@ -1,7 +1,7 @@
 //! Which packets are to come to the TUN link: a pure function of the routing table and the configuration.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 use sluice_dataplane::net::{Family, Protocol};
@@ -59,6 +59,20 @@ impl Plan {
             }
         }
         plan
+    }
+
+    /// Whether packets to there come to us.
+    pub(super) fn takes(&self, protocol: Protocol, to: SocketAddr) -> bool {
+        let address = to.ip();
+        let in_range = |range: &IpNet| range.prefix_len() < range.max_prefix_len() && range.contains(&address);
+        let is_node_port = || {
+            self.node_ports.is_some_and(|ports| ports.range().contains(&to.port()))
+                && self.node_port_addresses.iter().any(|range| range.contains(&address))
+        };
+        self.services.contains(&address.into())
+            || self.services.iter().any(in_range)
+            || self.own_frontends.contains(&(address, protocol, to.port()))
+            || is_node_port()
     }
 
     /// The primary address of a family.

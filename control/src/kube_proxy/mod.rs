@@ -5,9 +5,11 @@
 
 use std::path::PathBuf;
 
+mod chains;
 pub mod draft;
 pub mod flags;
 pub mod keys;
+pub mod leftovers;
 pub mod read;
 
 pub use draft::Draft;
