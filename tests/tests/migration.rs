@@ -210,6 +210,62 @@ fn change_over(mode: &str) {
 }
 
 #[test]
+fn beside_kube_proxy_only_services_with_our_name_are_ours() {
+    const WHAT: &str = "beside kube-proxy";
+    let Some(program) = program(WHAT) else { return };
+    if !can_run_in_namespaces(WHAT) || !control_plane::can_run(WHAT) {
+        return;
+    }
+    let (mut cluster, plane) = cluster();
+    let _proxy = KubeProxy::start(&program, &cluster.topology.node, "nftables", &plane.kubeconfig("proxy")).unwrap();
+    cluster.configure("serviceProxyName: sluice\nclusterCIDRs: [10.244.0.0/16, 'fd00:10:244::/64']\n").unwrap();
+    cluster.start().unwrap();
+    wait_until_all_answer(&cluster, "kube-proxy's Service");
+    // A Service of ours, made while both run.
+    let mut ours = manifests::service("ours", 11);
+    ours["spec"]["ports"].as_array_mut().unwrap().truncate(1);
+    ours["metadata"]["labels"] = serde_json::json!({"service.kubernetes.io/service-proxy-name": "sluice"});
+    plane.create(&ours).unwrap();
+    let pods = cluster.pods.iter().map(|pod| (pod.pod.name.clone(), pod.pod.addresses.clone()));
+    for slice in manifests::slices("ours", &pods.collect::<Vec<_>>()) {
+        plane.create(&slice).unwrap();
+    }
+    let at_ours = |v4| {
+        let [_, mut node_port, _] = cluster.web(v4);
+        node_port.set_port(30011);
+        [SocketAddr::new(if v4 { "10.96.0.11" } else { "fd00:96::b" }.parse().unwrap(), 80), node_port]
+    };
+    let deadline = Instant::now() + SOON;
+    for (client, ns) in cluster.clients() {
+        for v4 in [true, false] {
+            for address in at_ours(v4) {
+                while !answers(ns, address) {
+                    assert!(Instant::now() < deadline, "{client} to {address} of ours\n{}", cluster.log());
+                }
+            }
+        }
+    }
+    let flows = cluster.sluice(&["get", "flows"]).unwrap();
+    assert!(flows.contains("default/ours") && !flows.contains("default/web"), "{flows}");
+    // kube-proxy's ports of masqueraded connections are random: some are in our range. They live all the same.
+    let mut theirs = open_connections(&cluster);
+    let (lost, example) = lost(&mut theirs);
+    assert_eq!(lost, 0, "{example}");
+    // Addresses that nobody has are dropped by kube-proxy, and its other ports refused: as without us.
+    let unallocated = Target::Http("10.96.0.99:80".parse().unwrap());
+    let refused = Target::Http("10.96.0.10:81".parse().unwrap());
+    let of = |target| cluster.topology.client.run(|| Ok(ask(target, ANSWER).result)).unwrap();
+    assert_eq!(of(unallocated).unwrap_err().as_str(), "timeout");
+    // The kernel limits how often it says so.
+    assert!((0..5).any(|_| of(refused).unwrap_err().as_str() == "refused"));
+    plane.delete(&ours).unwrap();
+    let deadline = Instant::now() + SOON;
+    while cluster.output("ip", &["route", "show", "table", "5392"]).unwrap().contains("10.96.0.11") {
+        assert!(Instant::now() < deadline, "{}", cluster.log());
+    }
+}
+
+#[test]
 fn a_change_over_loses_no_connection_of_kube_proxys_nftables_mode() {
     change_over("nftables");
 }

@@ -41,14 +41,23 @@ impl Plan {
         let mut plan = Self {
             primary: masquerade.to_vec(),
             node_port_addresses: addresses.chain(loopback.copied()).filter(|range| served(&range.addr())).collect(),
-            node_ports: Some(config.node_port_range),
+            node_ports: (!node.spec().beside).then_some(config.node_port_range),
             masquerade_ports: Some(config.masquerade_ports),
             services: node.spec().service_cidrs.iter().filter(|range| served(&range.addr())).copied().collect(),
             own_frontends: BTreeSet::new(),
             families: families.clone(),
         };
         for frontend in table.frontends() {
-            let FrontendKey::Address(address, protocol, port) = frontend.key else { continue };
+            let (address, protocol, port) = match frontend.key {
+                FrontendKey::Address(address, protocol, port) => (address, protocol, port),
+                FrontendKey::NodePort(family, protocol, port) if node.spec().beside => {
+                    let addresses = plan.node_port_addresses.iter().map(IpNet::addr);
+                    let of_family = addresses.filter(|address| Family::of(*address) == family);
+                    plan.own_frontends.extend(of_family.map(|address| (address, protocol, port)));
+                    continue;
+                }
+                FrontendKey::NodePort(..) => continue,
+            };
             if !served(&address) || node.in_service_range(address) {
                 continue;
             }
