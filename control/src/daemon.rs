@@ -190,6 +190,26 @@ fn masquerade_addresses(config: &Config, first: &Update, interfaces: &[IpAddr]) 
     Ok(addresses)
 }
 
+/// Tells systemd, where it wants to know, that this loop turns and the packet path runs.
+struct Watchdog {
+    interval: Option<Duration>,
+    last: Instant,
+}
+
+impl Watchdog {
+    fn new() -> Self {
+        // Twice as often as is asked for.
+        Self { interval: sd_notify::watchdog_enabled().map(|interval| interval / 2), last: Instant::now() }
+    }
+
+    fn ping(&mut self) {
+        if self.interval.is_some_and(|interval| self.last.elapsed() >= interval) {
+            let _ = sd_notify::notify(&[NotifyState::Watchdog]);
+            self.last = Instant::now();
+        }
+    }
+}
+
 struct Daemon {
     state: Arc<State>,
     host: Host,
@@ -219,6 +239,7 @@ impl Daemon {
         tracing::info!(frontends = table.len(), admin = %self.state.config.admin, "serving");
         let mut look = tokio::time::interval(LOOK_INTERVAL);
         let mut unreported = false;
+        let mut watchdog = Watchdog::new();
         let mut watch_path = tokio::time::interval(PATH_INTERVAL);
         loop {
             tokio::select! {
@@ -242,6 +263,7 @@ impl Daemon {
                         bail!("the link {LINK} was taken away");
                     }
                     lives::tell(&self.state);
+                    watchdog.ping();
                 }
                 _ = look.tick() => self.look().await?,
             }
