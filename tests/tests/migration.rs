@@ -210,6 +210,69 @@ fn change_over(mode: &str) {
 }
 
 #[test]
+fn every_kind_of_leftover_goes_and_nothing_else() {
+    const WHAT: &str = "ipsets and older iptables of kube-proxy";
+    let tools = ["ipset", "iptables-legacy", "iptables-nft"];
+    if !can_run_in_namespaces(WHAT) || !tools.iter().all(|tool| has_tool(tool, WHAT)) {
+        return;
+    }
+    let ns = NetNs::new().unwrap();
+    let run = |program: &std::ffi::OsStr, arguments: &[&str]| {
+        let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap());
+        ns.command(program).args(arguments).env("PATH", path).output().unwrap()
+    };
+    let tool = |command: &str| {
+        let words: Vec<&str> = command.split(' ').collect();
+        let output = run(words[0].as_ref(), &words[1..]);
+        assert!(output.status.success(), "{command}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    for command in [
+        "ipset create KUBE-CLUSTER-IP hash:ip,port",
+        "ipset create KUBE-6-LOOP-BACK hash:ip,port,ip family inet6",
+        "ipset create MINE hash:ip",
+        "iptables-legacy -t nat -N KUBE-SERVICES",
+        "iptables-legacy -t nat -A PREROUTING -j KUBE-SERVICES",
+        "iptables-legacy -t nat -A KUBE-SERVICES -m set --match-set KUBE-CLUSTER-IP dst,dst -j RETURN",
+        "iptables-legacy -t nat -N MINE",
+        "iptables-nft -t nat -N KUBE-MARK-MASQ",
+        "iptables-nft -t nat -N KUBE-SVC-X",
+        "iptables-nft -t nat -A KUBE-SVC-X -j KUBE-MARK-MASQ",
+        "iptables-nft -t nat -N PORTMAP",
+        "iptables-nft -t nat -A PORTMAP -j KUBE-MARK-MASQ",
+        // A kernel may have no dummy links: the name counts.
+        "ip link add kube-ipvs0 type bridge",
+        "nft add table ip6 kube-proxy",
+    ] {
+        tool(command);
+    }
+    let cleanup = |flag: &str| {
+        let output = run(sluice_binary().as_ref(), &["cleanup", "--kube-proxy", flag]);
+        assert_eq!(output.status.code(), Some(1), "PORTMAP keeps something: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let all = [
+        "nftables table ip6 kube-proxy",
+        "1 chains of iptables-legacy, table nat",
+        "1 chains of iptables-nft, table nat",
+        "ipset KUBE-CLUSTER-IP",
+        "ipset KUBE-6-LOOP-BACK",
+        "link kube-ipvs0",
+    ];
+    let left = "left chain KUBE-MARK-MASQ of iptables-nft: rules of others use it\n";
+    let said = |verb: &str| all.iter().map(|what| format!("{verb} {what}\n")).collect::<String>() + left;
+    assert_eq!(cleanup("--dry-run"), said("would remove"));
+    assert_eq!(cleanup("--force"), said("removed"));
+    assert_eq!(cleanup("--force"), format!("nothing of kube-proxy's is here\n{left}"));
+    assert_eq!(tool("ipset list -name"), "MINE\n");
+    let legacy = tool("iptables-legacy-save");
+    assert!(legacy.contains(":MINE") && !legacy.contains("KUBE"), "{legacy}");
+    let nft = tool("iptables-nft-save");
+    assert!(nft.contains("-A PORTMAP -j KUBE-MARK-MASQ") && !nft.contains("KUBE-SVC"), "{nft}");
+    assert!(!tool("ip -o link").contains("kube-ipvs0"));
+}
+
+#[test]
 fn beside_kube_proxy_only_services_with_our_name_are_ours() {
     const WHAT: &str = "beside kube-proxy";
     let Some(program) = program(WHAT) else { return };
