@@ -11,6 +11,8 @@ use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sluice_dataplane::table::{Balancing, DrainTimeout};
 
+use crate::kube_proxy::{self, Wishes};
+
 const API_VERSION: &str = "sluice.dev/v1alpha1";
 const KIND: &str = "SluiceConfiguration";
 
@@ -106,11 +108,18 @@ impl Default for Config {
 }
 
 impl Config {
-    /// Reads a file. The error names the file, the key and its line.
-    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+    /// Reads a file: ours, kube-proxy's, or a ConfigMap with kube-proxy's; of the latter two also what they ask for besides.
+    /// The error names the file, the key and its line.
+    pub fn read(path: &Path) -> Result<(Self, Option<Wishes>), ConfigError> {
         let fail = |reason: String| ConfigError { path: path.to_owned(), reason };
         let text = std::fs::read_to_string(path).map_err(|error| fail(error.to_string()))?;
-        Self::parse(&text).map_err(fail)
+        let foreign = |(config, wishes)| (config, Some(wishes));
+        let config = match kind(&text).as_deref() {
+            Some(kube_proxy::read::KIND) => kube_proxy::read(&text).map(foreign),
+            Some("ConfigMap") => kube_proxy::read::read_config_map(&text).map(foreign),
+            _ => Self::parse(&text).map(|config| (config, None)),
+        };
+        config.map_err(fail)
     }
 
     fn parse(text: &str) -> Result<Self, String> {
@@ -163,6 +172,15 @@ impl Config {
         };
         self.service_cidrs.clone().unwrap_or_else(default)
     }
+}
+
+/// The `kind` of a document, whatever else it holds.
+pub(crate) fn kind(text: &str) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Head {
+        kind: Option<String>,
+    }
+    serde_saphyr::from_str::<Head>(text).ok()?.kind
 }
 
 /// What becomes of the flows of endpoints that leave.

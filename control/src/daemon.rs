@@ -230,6 +230,26 @@ fn masquerade_addresses(config: &Config, first: &Update, interfaces: &[IpAddr]) 
     Ok(addresses)
 }
 
+/// Tells systemd, where it wants to know, that this loop turns and the packet path runs.
+struct Watchdog {
+    interval: Option<Duration>,
+    last: Instant,
+}
+
+impl Watchdog {
+    fn new() -> Self {
+        // Twice as often as is asked for.
+        Self { interval: sd_notify::watchdog_enabled().map(|interval| interval / 2), last: Instant::now() }
+    }
+
+    fn ping(&mut self) {
+        if self.interval.is_some_and(|interval| self.last.elapsed() >= interval) {
+            let _ = sd_notify::notify(&[NotifyState::Watchdog]);
+            self.last = Instant::now();
+        }
+    }
+}
+
 struct Daemon {
     state: Arc<State>,
     host: Host,
@@ -268,6 +288,7 @@ impl Daemon {
         let mut look = tokio::time::interval(LOOK_INTERVAL);
         let mut unreported = false;
         let mut save = tokio::time::interval(saving::INTERVAL);
+        let mut watchdog = Watchdog::new();
         let mut watch_path = tokio::time::interval(PATH_INTERVAL);
         loop {
             tokio::select! {
@@ -290,6 +311,7 @@ impl Daemon {
                         bail!("the link {LINK} was taken away");
                     }
                     lives::tell(&self.state);
+                    watchdog.ping();
                 }
                 _ = look.tick() => self.look().await?,
                 _ = save.tick() => {

@@ -15,6 +15,7 @@ pub mod events;
 mod first;
 pub mod health_check;
 pub mod host;
+pub mod kube_proxy;
 pub mod lives;
 pub mod local;
 pub mod loopback;

@@ -4,6 +4,7 @@ pub mod api_cluster;
 pub mod cluster;
 pub mod control_plane;
 pub mod http;
+pub mod kube_proxy;
 pub mod lab;
 pub mod manifests;
 pub mod naive;

@@ -5,12 +5,16 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::process::Command;
 
 use tokio::task::JoinHandle;
 
 use crate::config::PortRange;
+use conntrack::Direction;
 pub use plan::Plan;
 
+mod carried;
+mod conntrack;
 pub mod link;
 pub mod lock;
 pub mod nft;
@@ -44,6 +48,8 @@ pub struct Host {
     table: Option<nft::Table>,
     /// What we changed of the kernel's settings, should the table be taken away that notes it.
     noted: nft::Noted,
+    /// What a service proxy before us has begun; `None`: not looked for yet.
+    carried: Option<BTreeSet<Direction>>,
 }
 
 impl Host {
@@ -56,6 +62,7 @@ impl Host {
             plan: Plan::default(),
             table: None,
             noted: nft::Noted::default(),
+            carried: None,
         })
     }
 
@@ -74,17 +81,25 @@ impl Host {
     pub async fn apply(&mut self, plan: Plan) -> anyhow::Result<Vec<String>> {
         let mut changes = link::set_up(&self.netlink).await?;
         let found = nft::read()?;
+        let carried = self.find_carried(&plan);
+        let carried_changed = self.carried.as_ref() != Some(&carried);
+        if found.is_none() && !carried.is_empty() {
+            // The other proxy's rewriting comes before routing: nothing goes our way until the table says so, at once for all.
+            changes.extend(route::apply(&self.netlink, &plan).await?);
+            changes.extend(rule::apply(&self.netlink, &plan).await?);
+        }
         let (reserved, early_demux) = (sysctl::reserved_ports(), sysctl::early_demux());
         let short_timeouts = sysctl::short_timeouts();
         let wanted: BTreeSet<u16> = plan.masquerade_ports.into_iter().flat_map(PortRange::range).collect();
         let missing: BTreeSet<u16> = wanted.difference(&reserved).copied().collect();
         let is_noted = missing.is_empty() && !early_demux && short_timeouts.is_empty();
-        if self.plan != plan || found.is_none() || self.table != found || !is_noted {
+        if self.plan != plan || found.is_none() || self.table != found || !is_noted || carried_changed {
             // What we change is noted in our nftables table first: only so can it be told from what others changed.
             self.noted.add(found.as_ref().map(nft::Table::noted).unwrap_or_default());
             self.noted.add(nft::Noted { reserved: missing.clone(), early_demux, timeouts: short_timeouts.clone() });
-            self.table = nft::apply(&plan, &self.noted)?;
-            if self.table != found {
+            self.table = nft::apply(&plan, &self.noted, &carried)?;
+            // That connections end is no repair.
+            if self.table != found && !carried_changed {
                 changes.push("nftables table".to_owned());
             }
         }
@@ -103,7 +118,30 @@ impl Host {
         changes.extend(route::apply(&self.netlink, &plan).await?);
         changes.extend(rule::apply(&self.netlink, &plan).await?);
         self.plan = plan;
+        self.carried = Some(carried);
         Ok(changes)
+    }
+
+    /// The connections of a service proxy before us that still live: connection tracking goes on carrying them.
+    fn find_carried(&self, plan: &Plan) -> BTreeSet<Direction> {
+        if self.carried.as_ref().is_some_and(BTreeSet::is_empty) {
+            return BTreeSet::new();
+        }
+        let found = conntrack::carried(|direction| plan.takes(direction.protocol, direction.to));
+        let found = found.unwrap_or_else(|error| {
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "connections of a service proxy before us cannot be looked for"
+            );
+            BTreeSet::new()
+        });
+        if self.carried.is_none() && !found.is_empty() {
+            tracing::info!(
+                connections = found.len() / 2,
+                "another service proxy's connections stay with connection tracking"
+            );
+        }
+        found
     }
 
     /// Puts right what somebody else changed. Returns what that was.
@@ -136,8 +174,26 @@ impl Host {
 
     /// Removes the link, when it is there.
     pub async fn remove_link(&self) -> anyhow::Result<Vec<String>> {
-        link::remove(&self.netlink).await
+        link::remove(&self.netlink, LINK).await
     }
+
+    /// Whether a link of this name is there.
+    pub async fn has_link(&self, name: &str) -> anyhow::Result<bool> {
+        Ok(link::index_of(&self.netlink, name).await?.is_some())
+    }
+
+    /// Removes a link that is not ours.
+    pub async fn remove_link_named(&self, name: &str) -> anyhow::Result<()> {
+        link::remove(&self.netlink, name).await.map(drop)
+    }
+}
+
+/// A program of the system's: those live where a user's path does not always lead.
+pub(crate) fn tool(program: &str) -> Command {
+    let mut command = Command::new(program);
+    let path = std::env::var("PATH").unwrap_or_default();
+    command.env("PATH", format!("{path}:/usr/sbin:/sbin"));
+    command
 }
 
 impl Drop for Host {

@@ -11,7 +11,8 @@ use anyhow::{Context as _, Result};
 use serde_json::Value;
 use sluice_dataplane::net::Family;
 
-use super::{LINK, Lacking, MARK, MARK_MASK, Plan, sysctl};
+use super::conntrack::Direction;
+use super::{LINK, Lacking, MARK, MARK_MASK, Plan, carried, sysctl, tool};
 
 const TABLE: &str = "sluice";
 const RESERVED: &str = "reserved_ports";
@@ -53,10 +54,11 @@ pub(super) fn read() -> Result<Option<Table>> {
     match list(&["table", "inet", TABLE]) {
         Ok(mut listing) => Ok(Some(Table::new(&mut listing))),
         Err(error) => {
-            let tables = list(&["tables", "inet"])?;
-            let is_ours = |entry: &Value| entry["table"]["name"] == TABLE;
-            let is_there = tables["nftables"].as_array().is_some_and(|entries| entries.iter().any(is_ours));
-            if is_there { Err(error) } else { Ok(None) }
+            if has_table("inet", TABLE)? {
+                Err(error)
+            } else {
+                Ok(None)
+            }
         }
     }
 }
@@ -98,14 +100,25 @@ fn noted(entries: &[Value]) -> Noted {
 }
 
 /// Puts the table in place of the last one, in one transaction, with this noted in it. Returns what the kernel makes of it.
-pub(super) fn apply(plan: &Plan, noted: &Noted) -> Result<Option<Table>> {
-    run(&ruleset(plan, noted))?;
+pub(super) fn apply(plan: &Plan, noted: &Noted, carried: &BTreeSet<Direction>) -> Result<Option<Table>> {
+    run(&ruleset(plan, noted, carried))?;
     read()
 }
 
 /// Removes the table.
 pub(super) fn remove() -> Result<()> {
-    run(&format!("add table inet {TABLE}\ndelete table inet {TABLE}\n"))
+    delete_table("inet", TABLE)
+}
+
+/// Whether there is such a table, of whomever.
+pub(crate) fn has_table(family: &str, name: &str) -> Result<bool> {
+    let tables = list(&["tables", family])?;
+    Ok(tables["nftables"].as_array().is_some_and(|entries| entries.iter().any(|entry| entry["table"]["name"] == name)))
+}
+
+/// Removes a table, when it is there.
+pub(crate) fn delete_table(family: &str, name: &str) -> Result<()> {
+    run(&format!("add table {family} {name}\ndelete table {family} {name}\n"))
 }
 
 fn list(arguments: &[&str]) -> Result<Value> {
@@ -135,11 +148,7 @@ fn run(script: &str) -> Result<()> {
 }
 
 fn command() -> Command {
-    let mut command = Command::new("nft");
-    // It lives where a user's path does not always lead.
-    let path = std::env::var("PATH").unwrap_or_default();
-    command.env("PATH", format!("{path}:/usr/sbin:/sbin"));
-    command
+    tool("nft")
 }
 
 fn missing(error: std::io::Error) -> anyhow::Error {
@@ -152,7 +161,7 @@ fn refused(stderr: &[u8]) -> anyhow::Error {
 }
 
 /// The whole table as an nft script.
-fn ruleset(plan: &Plan, noted: &Noted) -> String {
+fn ruleset(plan: &Plan, noted: &Noted, carried: &BTreeSet<Direction>) -> String {
     let mut chains = Chains::default();
     for family in &plan.families {
         chains.own_ports(plan, *family);
@@ -189,9 +198,10 @@ fn ruleset(plan: &Plan, noted: &Noted) -> String {
         text.push_str("  }\n");
     };
     chain("from_us", "", &chains.leaving);
-    let untracked = [vec![format!("iif \"{LINK}\" goto from_us")], chains.arriving].concat();
+    let kept = carried::rules(carried);
+    let untracked = [vec![format!("iif \"{LINK}\" goto from_us")], kept.clone(), chains.arriving].concat();
     chain("untracked", "filter hook prerouting priority raw", &untracked);
-    let untracked_output = [format!("oif \"{LINK}\" notrack")];
+    let untracked_output = [kept, vec![format!("oif \"{LINK}\" notrack")]].concat();
     chain("untracked_output", "filter hook output priority raw", &untracked_output);
     // Most packets: nothing that follows is for them.
     let most = "ct state untracked accept".to_owned();
@@ -206,6 +216,7 @@ fn ruleset(plan: &Plan, noted: &Noted) -> String {
     let marked_output = [vec![most, bring_back, unplaced], chains.errors].concat();
     chain("marked_output", "route hook output priority mangle", &marked_output);
     let _ = write!(text, "  set {RESERVED} {{\n    type inet_service; flags interval; {elements}\n  }}\n");
+    text.push_str(&carried::sets_and_chains(carried));
     if noted.early_demux {
         // An empty set: that it is there says it.
         let _ = writeln!(text, "  set {EARLY_DEMUX} {{\n    type inet_service\n  }}");

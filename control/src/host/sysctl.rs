@@ -159,7 +159,12 @@ fn read(path: &str) -> Option<String> {
 }
 
 fn write(path: &str, value: &str) -> Result<()> {
-    fs::write(path, value).map_err(|error| match error.kind() {
+    // In a container /proc/sys is read-only, but our manifests mount its part of networks once more.
+    let elsewhere = || fs::write(format!("/host{path}"), value);
+    let is_read_only = |error: &std::io::Error| error.kind() == ErrorKind::ReadOnlyFilesystem;
+    let written = fs::write(path, value)
+        .or_else(|error| if is_read_only(&error) { elsewhere().map_err(|_| error) } else { Err(error) });
+    written.map_err(|error| match error.kind() {
         ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
             Lacking(format!("cannot set {path} to {value}: {error}")).into()
         }

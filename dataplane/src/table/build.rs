@@ -294,10 +294,13 @@ impl TableBuilder {
         }
     }
 
-    /// Frontends on addresses outside the Service ranges.
+    /// Frontends outside the ranges that the host sends our way as a whole.
     fn outside<'k>(&self, keys: &'k [FrontendKey]) -> impl Iterator<Item = &'k FrontendKey> {
         let node = Arc::clone(&self.table.node);
-        keys.iter().filter(move |key| matches!(key, FrontendKey::Address(ip, ..) if !node.in_service_range(*ip)))
+        keys.iter().filter(move |key| match key {
+            FrontendKey::Address(ip, ..) => !node.in_service_range(*ip),
+            FrontendKey::NodePort(..) => node.spec().beside,
+        })
     }
 
     fn claim(&mut self, seniority: &Seniority, frontend: Arc<Frontend>) {

@@ -181,4 +181,6 @@ pub struct NodeSpec {
     pub service_cidrs: Vec<IpNet>,
     /// Masquerade every flow to a ClusterIP.
     pub masquerade_all: bool,
+    /// Another service proxy serves here too: the node-port range is not ours alone.
+    pub beside: bool,
 }

@@ -170,6 +170,23 @@ fn who_has_an_address_is_told_by_uid_of_the_pod_or_by_place_and_slice() {
 }
 
 #[test]
+fn beside_another_proxy_the_host_is_asked_for_each_node_port() {
+    for beside in [false, true] {
+        let mut builder = TableBuilder::new(Arc::new(Slots::new(1)));
+        builder.set_node(NodeSpec {
+            service_cidrs: vec!["10.96.0.0/16".parse().unwrap()],
+            beside,
+            ..NodeSpec::default()
+        });
+        let before = builder.build().host_version();
+        let mut spec = spec("a", 1, "10.96.0.1", &[]);
+        spec.ports[0].node_port = Some(30000);
+        builder.set(spec);
+        assert_eq!(builder.build().host_version() != before, beside);
+    }
+}
+
+#[test]
 fn the_host_is_asked_only_for_what_is_outside_the_service_ranges() {
     let mut builder = TableBuilder::new(Arc::new(Slots::new(1)));
     builder.set_node(NodeSpec { service_cidrs: vec!["10.96.0.0/16".parse().unwrap()], ..NodeSpec::default() });
