@@ -65,18 +65,16 @@ impl PacketPath {
         let queues = tun.into_queues();
         let first = queues.first().ok_or(io::ErrorKind::InvalidInput)?;
         let out = first.sender()?;
-        let count = queues.len();
-        let steered = count > 1 && is_done(steer::by_processor(first), "packets are not kept on their processors");
+        if queues.len() > 1
+            && let Err(error) = steer::by_processor(first)
+        {
+            tracing::info!(%error, "the kernel spreads packets over the queues by a table of its own");
+        }
         let mut threads = Threads { course: Arc::clone(&course), threads: Vec::new() };
         for (number, queue) in queues.into_iter().enumerate() {
             let (worker, shared) = (Worker::new(Arc::clone(&shared), number), Arc::clone(&shared));
             let course = Arc::clone(&course);
-            let body = move || {
-                if steered {
-                    is_done(steer::stay(number, count), "a packet thread is not kept on its processors");
-                }
-                run(queue, worker, &shared, number, &course);
-            };
+            let body = move || run(queue, worker, &shared, number, &course);
             threads.threads.push(std::thread::Builder::new().name(format!("packets-{number}")).spawn(body)?);
         }
         let body = move || keep(out, &shared, threads);
@@ -132,11 +130,6 @@ impl Drop for Threads {
             }
         }
     }
-}
-
-/// Whether something that only makes us faster worked.
-fn is_done(result: io::Result<()>, otherwise: &str) -> bool {
-    result.inspect_err(|error| tracing::info!(%error, "{otherwise}")).is_ok()
 }
 
 fn run(mut queue: Queue, mut worker: Worker, shared: &Shared, thread: usize, course: &Course) {
