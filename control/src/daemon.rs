@@ -7,7 +7,6 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use jiff::Timestamp;
 use sd_notify::NotifyState;
 use sluice_dataplane::flow::{FlowFile, Found};
 use sluice_dataplane::net::Family;
@@ -18,13 +17,13 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::config::Config;
 use crate::drains::Drains;
 use crate::events::{About, Events, Told};
+use crate::first::{self, First};
 use crate::health_check::HealthServers;
 use crate::host::lock::{self, Standing};
 use crate::host::{Host, LINK, Lacking, Plan, nft, sysctl};
 use crate::loopback::LoopbackListeners;
 use crate::node::NodeFacts;
 use crate::publish::Publisher;
-use crate::saved::{Earlier, Saved};
 use crate::saving::{self, Saving};
 use crate::source::{Feed, Source, Update};
 use crate::state::{Repairs, State};
@@ -47,9 +46,9 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
     require_environment()?;
     let events = source.access().map(|access| Events::start(access.clone(), config.node_name()));
     let described = source.to_string();
-    let saved = source.access().map(|_| saved(&config)).transpose()?;
+    let saved = source.access().map(|_| first::saved(&config)).transpose()?;
     let mut feed = source.open()?;
-    let First { update: first, as_of } = first(&mut feed, saved.as_ref(), &standing, &config.state_dir).await?;
+    let First { update: first, as_of } = first::first(&mut feed, saved.as_ref(), &standing, &config.state_dir).await?;
     let interfaces = host.addresses().await?;
     let settings = settings(&config, &first, &interfaces)?;
     // Open before another daemon lets go: packets wait here meanwhile.
@@ -101,61 +100,6 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
     removed?;
     tracing::info!("stopped; nothing of ours is left on the host");
     Ok(())
-}
-
-/// Where the objects in force are kept.
-fn saved(config: &Config) -> Result<Saved> {
-    let owner = format!("{} {}", lock::namespace_identity()?, config.node_name());
-    Ok(Saved::new(&config.state_dir, &owner))
-}
-
-/// What the first table is made of.
-struct First {
-    update: Update,
-    /// When it was true, where it is an earlier process's and not the source's.
-    as_of: Option<Timestamp>,
-}
-
-/// All that the source has; or, where that is not there yet and nobody else serves, what an earlier process had.
-async fn first(feed: &mut Feed, saved: Option<&Saved>, standing: &Standing, state_dir: &Path) -> Result<First> {
-    let earlier = || match saved.map(Saved::read) {
-        Some(Ok(earlier)) => earlier,
-        Some(Err(reason)) => {
-            tracing::warn!(%reason, "the objects of an earlier process cannot be used");
-            None
-        }
-        None => None,
-    };
-    let mut problems = Vec::new();
-    let mut another_serves = matches!(standing, Standing::TakingOver);
-    let mut look = tokio::time::interval(PATH_INTERVAL);
-    if !another_serves && let Some(Earlier { update, as_of }) = earlier() {
-        let age = Timestamp::now().duration_since(as_of).as_secs();
-        tracing::info!(
-            objects = update.changes.len(),
-            age,
-            "the objects of an earlier process serve until the source has told all"
-        );
-        return Ok(First { update, as_of: Some(as_of) });
-    }
-    loop {
-        tokio::select! {
-            update = feed.next() => {
-                let update = update?;
-                if update.is_whole {
-                    return Ok(First { update, as_of: None });
-                }
-                problems = update.problems;
-            }
-            _ = look.tick(), if another_serves => {
-                // A daemon that ended by itself leaves us alone with what it knew.
-                another_serves = lock::is_held(&lock::flow_file(state_dir));
-                if !another_serves && let Some(Earlier { update, as_of }) = earlier() {
-                    return Ok(First { update: Update { problems, ..update }, as_of: Some(as_of) });
-                }
-            }
-        }
-    }
 }
 
 /// The publisher, with what an earlier process left for it.
@@ -289,6 +233,8 @@ impl Daemon {
         let _ = sd_notify::notify(&[NotifyState::Ready]);
         let table = self.state.shared.table();
         tracing::info!(frontends = table.len(), admin = %self.state.config.admin, "serving");
+        let started = format!("{} began at {}", env!("CARGO_PKG_VERSION"), self.state.started);
+        self.tell_of_node("Starting", started, false);
         let mut look = tokio::time::interval(LOOK_INTERVAL);
         let mut unreported = false;
         let mut save = tokio::time::interval(saving::INTERVAL);
@@ -363,6 +309,13 @@ impl Daemon {
         Ok(())
     }
 
+    /// An Event on the own Node, where there is an API server.
+    fn tell_of_node(&self, reason: &'static str, note: String, is_warning: bool) {
+        if let Some(events) = &self.state.events {
+            events.tell(Told { about: About::Node, reason, note, is_of_node: true, is_warning });
+        }
+    }
+
     /// Looks at what others may have changed: addresses, links, routes, rules.
     async fn look(&mut self) -> Result<()> {
         let interfaces = self.host.addresses().await?;
@@ -378,11 +331,7 @@ impl Daemon {
         for what in self.host.repair().await? {
             tracing::warn!(what, "put right what somebody else changed");
             admin::metrics::host_repaired(&what);
-            if let Some(events) = &self.state.events {
-                let note = format!("put right what somebody else changed: {what}");
-                let about = About::Node;
-                events.tell(Told { about, reason: "HostStateChanged", note, is_of_node: true, is_warning: true });
-            }
+            self.tell_of_node("HostStateChanged", format!("put right what somebody else changed: {what}"), true);
             let mut repairs = self.state.repairs.lock().unwrap_or_else(PoisonError::into_inner);
             *repairs = Repairs { count: repairs.count + 1, last: Some(Instant::now()) };
         }

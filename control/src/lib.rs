@@ -12,6 +12,7 @@ pub mod daemon;
 pub mod demo;
 pub mod drains;
 pub mod events;
+pub mod first;
 pub mod health_check;
 pub mod host;
 pub mod lives;

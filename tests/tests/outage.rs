@@ -197,9 +197,17 @@ fn mistakes_in_a_cluster_are_checked_without_a_daemon_and_told_as_events() {
     assert_eq!(event["regarding"]["uid"], too["metadata"]["uid"], "{event}");
     assert_eq!((&event["type"], &event["reportingController"]), (&json!("Warning"), &json!("sluice")));
     assert!(event["note"].as_str().unwrap().contains("already taken by the older Service default/taken"), "{event}");
+    // Both have said all they had to when the second says that it began.
     cluster.stop(Signal::SIGKILL).unwrap();
     cluster.start().unwrap();
-    std::thread::sleep(Duration::from_millis(500));
+    let begun = |events: &Value| {
+        let items = events["items"].as_array().unwrap().iter();
+        items.filter(|event| event["reason"] == "Starting" && event["regarding"]["kind"] == "Node").count()
+    };
+    while begun(&plane.get("/apis/events.k8s.io/v1/namespaces/default/events").unwrap()) < 2 {
+        assert!(Instant::now() < deadline + SOON, "{}", cluster.log());
+        std::thread::sleep(Duration::from_millis(50));
+    }
     let events = plane.get("/apis/events.k8s.io/v1/namespaces/default/events").unwrap();
     let conflicts = events["items"].as_array().unwrap().iter().filter(|event| event["reason"] == "AddressConflict");
     assert_eq!(conflicts.count(), 1, "said twice, it is still one: {events}");
