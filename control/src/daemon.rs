@@ -17,7 +17,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use crate::config::Config;
 use crate::drains::Drains;
 use crate::events::{About, Events, Told};
-use crate::first::{First, first, saved};
+use crate::first::{self, First};
 use crate::health_check::HealthServers;
 use crate::host::lock::{self, Standing};
 use crate::host::{Host, LINK, Lacking, Plan, nft, sysctl};
@@ -46,9 +46,9 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
     require_environment()?;
     let events = source.access().map(|access| Events::start(access.clone(), config.node_name()));
     let described = source.to_string();
-    let saved = source.access().map(|_| saved(&config)).transpose()?;
+    let saved = source.access().map(|_| first::saved(&config)).transpose()?;
     let mut feed = source.open()?;
-    let First { update: first, as_of } = first(&mut feed, saved.as_ref(), &standing, &config.state_dir).await?;
+    let First { update: first, as_of } = first::first(&mut feed, saved.as_ref(), &standing, &config.state_dir).await?;
     let interfaces = host.addresses().await?;
     let settings = settings(&config, &first, &interfaces)?;
     // Open before another daemon lets go: packets wait here meanwhile.
@@ -277,6 +277,8 @@ impl Daemon {
         let _ = sd_notify::notify(&[NotifyState::Ready]);
         let table = self.state.shared.table();
         tracing::info!(frontends = table.len(), admin = %self.state.config.admin, "serving");
+        let started = format!("{} began at {}", env!("CARGO_PKG_VERSION"), self.state.started);
+        self.tell_of_node("Starting", started, false);
         let served = self.work(feed, path, signals).await;
         // A daemon that takes over wants their ports.
         servers.shutdown().await;
@@ -360,6 +362,13 @@ impl Daemon {
         Ok(())
     }
 
+    /// An Event on the own Node, where there is an API server.
+    fn tell_of_node(&self, reason: &'static str, note: String, is_warning: bool) {
+        if let Some(events) = &self.state.events {
+            events.tell(Told { about: About::Node, reason, note, is_of_node: true, is_warning });
+        }
+    }
+
     /// Looks at what others may have changed: addresses, links, routes, rules.
     async fn look(&mut self) -> Result<()> {
         let interfaces = self.host.addresses().await?;
@@ -375,11 +384,7 @@ impl Daemon {
         for what in self.host.repair().await? {
             tracing::warn!(what, "put right what somebody else changed");
             admin::metrics::host_repaired(&what);
-            if let Some(events) = &self.state.events {
-                let note = format!("put right what somebody else changed: {what}");
-                let about = About::Node;
-                events.tell(Told { about, reason: "HostStateChanged", note, is_of_node: true, is_warning: true });
-            }
+            self.tell_of_node("HostStateChanged", format!("put right what somebody else changed: {what}"), true);
             let mut repairs = self.state.repairs.lock().unwrap_or_else(PoisonError::into_inner);
             *repairs = Repairs { count: repairs.count + 1, last: Some(Instant::now()) };
         }

@@ -12,7 +12,7 @@ pub mod daemon;
 pub mod demo;
 pub mod drains;
 pub mod events;
-mod first;
+pub mod first;
 pub mod health_check;
 pub mod host;
 pub mod kube_proxy;

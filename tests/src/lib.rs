@@ -3,6 +3,7 @@
 pub mod api_cluster;
 pub mod cluster;
 pub mod control_plane;
+pub mod fake_api;
 pub mod http;
 pub mod kube_proxy;
 pub mod lab;

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use sluice_bench::client;
 use sluice_tests::api_cluster::{cluster, publish, service, slices, wait_for, who_answers};
 use sluice_tests::cluster::{Cluster, SOON};
+use sluice_tests::fake_api::{FakeApi, Manner};
 use sluice_tests::{can_run_in_namespaces, control_plane, manifests};
 
 /// Waits until what an earlier process leaves for the next holds this text.
@@ -197,10 +198,72 @@ fn mistakes_in_a_cluster_are_checked_without_a_daemon_and_told_as_events() {
     assert_eq!(event["regarding"]["uid"], too["metadata"]["uid"], "{event}");
     assert_eq!((&event["type"], &event["reportingController"]), (&json!("Warning"), &json!("sluice")));
     assert!(event["note"].as_str().unwrap().contains("already taken by the older Service default/taken"), "{event}");
+    // Both have said all they had to when the second says that it began.
     cluster.stop(Signal::SIGKILL).unwrap();
     cluster.start().unwrap();
-    std::thread::sleep(Duration::from_millis(500));
+    let begun = |events: &Value| {
+        let items = events["items"].as_array().unwrap().iter();
+        items.filter(|event| event["reason"] == "Starting" && event["regarding"]["kind"] == "Node").count()
+    };
+    while begun(&plane.get("/apis/events.k8s.io/v1/namespaces/default/events").unwrap()) < 2 {
+        assert!(Instant::now() < deadline + SOON, "{}", cluster.log());
+        std::thread::sleep(Duration::from_millis(50));
+    }
     let events = plane.get("/apis/events.k8s.io/v1/namespaces/default/events").unwrap();
     let conflicts = events["items"].as_array().unwrap().iter().filter(|event| event["reason"] == "AddressConflict");
     assert_eq!(conflicts.count(), 1, "said twice, it is still one: {events}");
+}
+
+#[test]
+fn whatever_the_api_server_answers_the_last_objects_are_served() {
+    const WHAT: &str = "a misbehaving API server";
+    if !can_run_in_namespaces(WHAT) || !control_plane::can_run(WHAT) {
+        return;
+    }
+    let (mut cluster, mut plane) = cluster();
+    cluster.arguments(&["--log-level", "info"]);
+    cluster.start().unwrap();
+    wait_until_saved(&cluster, |text| text.contains("\"web\""));
+    let connect =
+        || client::Connection::open(SocketAddr::from(([10, 96, 0, 10], 80)), SOON).map_err(anyhow::Error::msg);
+    let mut connection = cluster.topology.client.run(connect).unwrap();
+    plane.kill_api_server().unwrap();
+    cluster.stop(Signal::SIGKILL).unwrap();
+    let address = SocketAddr::from(([127, 0, 0, 1], 8081));
+    let fake = FakeApi::start(&cluster.topology.node, address, Manner::Closed).unwrap();
+    cluster.watch_api(fake.kubeconfig());
+    let begun = Instant::now();
+    cluster.start().unwrap();
+    for (manner, error) in [
+        (Manner::Closed, "code=\"none\""),
+        (Manner::Half, "code=\"none\""),
+        (Manner::Status(500), "code=\"500\""),
+        (Manner::Status(429), "code=\"429\""),
+        (Manner::Status(401), "code=\"401\""),
+        (Manner::Status(403), "code=\"403\""),
+        // Last: nobody waits here until patience with these ends.
+        (Manner::Slow, ""),
+        (Manner::Silent, ""),
+    ] {
+        fake.behave(manner);
+        let asked = fake.asked();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let is_counted = || {
+            let text = cluster.admin("/metrics").unwrap();
+            text.lines().any(|line| line.starts_with("sluice_source_errors_total{") && line.contains(error))
+        };
+        while fake.asked() == asked || !(error.is_empty() || is_counted()) {
+            assert!(Instant::now() < deadline, "{manner:?}\n{}", cluster.log());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let (code, text) = status(&cluster);
+        assert!(code == Some(1) && text.contains("not synced"), "{manner:?}: {text}");
+        assert_eq!(connection.get("/").unwrap(), "web-1", "{manner:?}");
+        assert_eq!(who_answers(&cluster, 10).as_deref(), Some("web-1"), "{manner:?}");
+        assert!(cluster.admin("/healthz").is_ok(), "{manner:?}");
+    }
+    // Each resource may say so once in 30 seconds.
+    let warnings = cluster.log().lines().filter(|line| line.contains(" WARN cannot ")).count();
+    let most = 4 * (1 + begun.elapsed().as_secs() as usize / 30);
+    assert!((1..=most).contains(&warnings), "{warnings} warnings\n{}", cluster.log());
 }
