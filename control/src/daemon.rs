@@ -3,6 +3,7 @@
 use std::io::ErrorKind;
 use std::net::IpAddr;
 use std::path::Path;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -291,6 +292,7 @@ impl Daemon {
         let mut unreported = false;
         let mut save = tokio::time::interval(saving::INTERVAL);
         let mut watchdog = Watchdog::new();
+        let mut has_retired = false;
         let mut watch_path = tokio::time::interval(PATH_INTERVAL);
         loop {
             tokio::select! {
@@ -314,6 +316,11 @@ impl Daemon {
                     }
                     lives::tell(&self.state);
                     watchdog.ping();
+                    if !has_retired && self.state.retiring.load(Relaxed) {
+                        has_retired = true;
+                        self.retire()?;
+                        tracing::info!(flows = self.state.shared.flow_count(), "new connections are left to another service proxy");
+                    }
                 }
                 _ = look.tick() => self.look().await?,
                 _ = save.tick() => {
@@ -348,6 +355,16 @@ impl Daemon {
         *self.state.health_problems.lock().unwrap_or_else(PoisonError::into_inner) = problems;
     }
 
+    /// Leaves all but the flows that are there to another service proxy. Some open while it is done: they are taken in at the
+    /// second look.
+    fn retire(&mut self) -> Result<()> {
+        for _ in 0..2 {
+            let flows = self.state.shared.flows();
+            self.host.retire(flows.map(|flow| (flow.protocol, flow.client, flow.frontend)))?;
+        }
+        Ok(())
+    }
+
     /// Brings the host's routes to a new table.
     async fn follow(&mut self, table: Option<Arc<RoutingTable>>) -> Result<()> {
         let Some(table) = table else { return Ok(()) };
@@ -380,6 +397,9 @@ impl Daemon {
             let table = self.state.publisher().set_interfaces(interfaces);
             let table = self.state.publish(table, Instant::now());
             self.follow(table).await?;
+        }
+        if self.state.retiring.load(Relaxed) {
+            self.retire()?;
         }
         for what in self.host.repair().await? {
             tracing::warn!(what, "put right what somebody else changed");

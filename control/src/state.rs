@@ -1,5 +1,6 @@
 //! What the daemon's tasks and its admin API share: objects, the packet path, and how far updates are.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -39,6 +40,8 @@ pub struct State {
     publisher: Mutex<Publisher>,
     /// What is wrong with health check ports.
     pub health_problems: Mutex<Vec<Problem>>,
+    /// New connections are another service proxy's.
+    pub retiring: AtomicBool,
     /// Problems that the log has told of.
     said: Mutex<Vec<Problem>>,
 }
@@ -102,6 +105,7 @@ impl State {
             freshness: Mutex::default(),
             publisher: Mutex::new(publisher),
             health_problems: Mutex::default(),
+            retiring: AtomicBool::new(false),
             said: Mutex::default(),
         }
     }

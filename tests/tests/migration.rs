@@ -187,24 +187,55 @@ fn change_over(mode: &str) {
     // And back: kube-proxy starts while Sluice still serves.
     let proxy = KubeProxy::start(&program, &cluster.topology.node, mode, &kubeconfig).unwrap();
     let deadline = Instant::now() + SOON * 3;
-    let has_rules = || cluster.output("nft", &["list", "ruleset"]).unwrap().matches("30010").count() >= 3;
+    let has_rules = || match mode {
+        "nftables" => ["ip", "ip6"].iter().all(|family| {
+            let table = cluster.output("nft", &["list", "table", family, "kube-proxy"]);
+            table.is_ok_and(|table| table.contains("tcp . 30010"))
+        }),
+        _ => ["iptables-save", "ip6tables-save"]
+            .iter()
+            .all(|tool| cluster.output(tool, &[]).unwrap().contains("--dport 30010")),
+    };
     while !has_rules() {
         assert!(Instant::now() < deadline, "{}", proxy.log());
         std::thread::sleep(Duration::from_millis(100));
     }
+    // New connections are kube-proxy's, those that are here stay ours until they end.
+    let said = cluster.sluice(&["retire"]).unwrap();
+    assert!(said.contains("until they end"), "{said}");
+    let deadline = Instant::now() + SOON;
+    while !cluster.log().contains("new connections are left") {
+        assert!(Instant::now() < deadline, "{}", cluster.log());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let active = || cluster.metric("sluice_flows_opened_total").unwrap();
+    let opened = active();
+    wait_until_all_answer(&cluster, &proxy.log());
+    let mut theirs = open_connections(&cluster);
+    std::thread::sleep(Duration::from_secs(6));
+    let at_retirement = [lost(&mut ours), lost(&mut theirs), lost(&mut before)];
+    assert_eq!(active(), opened, "no new flow is ours");
+    // Whoever does not wait for the last of them loses those.
+    ours.truncate(EACH);
+    let count_of_ours = ours.len();
     assert_eq!(cluster.stop(Signal::SIGTERM).unwrap(), Some(0), "{}", cluster.log());
     wait_until_all_answer(&cluster, &proxy.log());
-    let at_return = lost(&mut before);
-    // Each of these takes its time: some are enough.
-    ours.truncate(2 * EACH);
-    let count_of_ours = ours.len();
+    let at_return = [lost(&mut before), lost(&mut theirs)];
     let ours_at_return = lost(&mut ours);
     println!(
-        "change-over, mode {mode}: of {count} connections of kube-proxy {} lost when Sluice started, {} at its cleanup, {} at the \
-         way back; of {count} of Sluice {} at the cleanup; of {count_of_ours} {} at the way back",
-        at_start.0, at_cleanup.0, at_return.0, of_ours.0, ours_at_return.0
+        "change-over, mode {mode}, {count} connections of each: of kube-proxy's lost {} when Sluice started, {} at its cleanup; of \
+         Sluice's {} there, {} at retirement; then of kube-proxy's {} and at the end of Sluice {}; of {count_of_ours} of Sluice's \
+         that were not waited for {}",
+        at_start.0,
+        at_cleanup.0,
+        of_ours.0,
+        at_retirement[0].0,
+        at_retirement[1].0 + at_retirement[2].0,
+        at_return[0].0 + at_return[1].0,
+        ours_at_return.0
     );
-    for (lost, example) in [at_start, at_cleanup, at_return, of_ours] {
+    let all = [[at_start, at_cleanup, of_ours].as_slice(), &at_retirement, &at_return].concat();
+    for (lost, example) in all {
         assert_eq!(lost, 0, "{example}");
     }
 }

@@ -7,12 +7,14 @@
 //! | `/api/v1/services`, `endpoints`, `frontends`, `flows` | lists behind `sluice get` |
 //! | `/api/v1/trace?from=IP&to=IP:PORT&proto=tcp` | what happens to a new flow, behind `sluice trace --admin` |
 //! | `POST /api/v1/drain`, `undrain` | drains by hand, behind `sluice drain` |
+//! | `POST /api/v1/retire` | new connections are another service proxy's, behind `sluice retire` |
 //! | `/api/v1/problems` | everything that is wrong with objects now |
 //! | `/api/v1/status` | whether all is well, behind `sluice status` |
 //! | `/proxyMode`, `/configz`, `/flagz`, `/statusz` | what kube-proxy says there, of us |
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 
 use anyhow::Result;
 use axum::extract::{ConnectInfo, Query, Request, State as Extract};
@@ -52,6 +54,7 @@ pub fn serve(state: &Arc<State>) -> Result<JoinSet<std::io::Result<()>>> {
     let changes = Router::new()
         .route("/api/v1/drain", post(drain::drain))
         .route("/api/v1/undrain", post(drain::undrain))
+        .route("/api/v1/retire", post(retire))
         .route_layer(from_fn_with_state(Arc::clone(state), only_from_here));
     let admin = Router::new()
         .route("/metrics", get(render_metrics))
@@ -109,6 +112,12 @@ async fn only_from_here(
     } else {
         (StatusCode::FORBIDDEN, "only from the node itself\n").into_response()
     }
+}
+
+/// From now on new connections are another service proxy's. Answers with the number of flows that are left.
+async fn retire(Extract(state): Extract<Arc<State>>) -> impl IntoResponse {
+    state.retiring.store(true, Relaxed);
+    Json(state.shared.flow_count())
 }
 
 async fn render_metrics(Extract(state): Extract<Arc<State>>) -> impl IntoResponse {

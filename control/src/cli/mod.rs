@@ -17,6 +17,7 @@ pub mod drain;
 pub mod get;
 pub mod offline;
 mod report;
+pub mod retire;
 pub mod run;
 pub mod status;
 pub mod trace;
@@ -57,6 +58,8 @@ enum Command {
     Drain(drain::Args),
     /// Give a drained endpoint new flows again
     Undrain(drain::UndrainArgs),
+    /// Leave new connections to another service proxy; those that are here go on until they end
+    Retire(retire::Args),
     /// Remove every link, route, rule and table of ours from this host
     Cleanup(cleanup::Args),
     /// Print the version
@@ -86,6 +89,7 @@ pub fn main() -> ExitCode {
         Command::Trace(args) => trace::run(args),
         Command::Drain(args) => drain::drain(args),
         Command::Undrain(args) => drain::undrain(args),
+        Command::Retire(args) => retire::run(args),
         Command::Cleanup(args) => cleanup::run(args),
         Command::Version => print(concat!("sluice ", env!("CARGO_PKG_VERSION"), "\n")).map(|()| ExitCode::SUCCESS),
         Command::Man { dir } => man(dir.as_deref()).map(|()| ExitCode::SUCCESS),

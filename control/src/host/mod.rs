@@ -4,17 +4,19 @@
 //! removed by [`clean_up`]. Order of set-up: link, nftables, routes, then the rules that send packets our way.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::process::Command;
 
 use tokio::task::JoinHandle;
 
 use crate::config::PortRange;
 use conntrack::Direction;
+use hand_over::HandOver;
 pub use plan::Plan;
+use sluice_dataplane::net::Protocol;
 
-mod carried;
 mod conntrack;
+mod hand_over;
 pub mod link;
 pub mod lock;
 pub mod nft;
@@ -48,8 +50,9 @@ pub struct Host {
     table: Option<nft::Table>,
     /// What we changed of the kernel's settings, should the table be taken away that notes it.
     noted: nft::Noted,
-    /// What a service proxy before us has begun; `None`: not looked for yet.
-    carried: Option<BTreeSet<Direction>>,
+    hand_over: HandOver,
+    /// What a service proxy before us has begun was looked for.
+    has_looked: bool,
 }
 
 impl Host {
@@ -62,7 +65,8 @@ impl Host {
             plan: Plan::default(),
             table: None,
             noted: nft::Noted::default(),
-            carried: None,
+            hand_over: HandOver::default(),
+            has_looked: false,
         })
     }
 
@@ -81,9 +85,9 @@ impl Host {
     pub async fn apply(&mut self, plan: Plan) -> anyhow::Result<Vec<String>> {
         let mut changes = link::set_up(&self.netlink).await?;
         let found = nft::read()?;
-        let carried = self.find_carried(&plan);
-        let carried_changed = self.carried.as_ref() != Some(&carried);
-        if found.is_none() && !carried.is_empty() {
+        let hand_over = HandOver { carried: self.find_carried(&plan), ..self.hand_over.clone() };
+        let has_ended = self.has_looked && hand_over.carried != self.hand_over.carried;
+        if found.is_none() && !hand_over.carried.is_empty() {
             // The other proxy's rewriting comes before routing: nothing goes our way until the table says so, at once for all.
             changes.extend(route::apply(&self.netlink, &plan).await?);
             changes.extend(rule::apply(&self.netlink, &plan).await?);
@@ -93,13 +97,13 @@ impl Host {
         let wanted: BTreeSet<u16> = plan.masquerade_ports.into_iter().flat_map(PortRange::range).collect();
         let missing: BTreeSet<u16> = wanted.difference(&reserved).copied().collect();
         let is_noted = missing.is_empty() && !early_demux && short_timeouts.is_empty();
-        if self.plan != plan || found.is_none() || self.table != found || !is_noted || carried_changed {
+        if self.plan != plan || found.is_none() || self.table != found || !is_noted || has_ended {
             // What we change is noted in our nftables table first: only so can it be told from what others changed.
             self.noted.add(found.as_ref().map(nft::Table::noted).unwrap_or_default());
             self.noted.add(nft::Noted { reserved: missing.clone(), early_demux, timeouts: short_timeouts.clone() });
-            self.table = nft::apply(&plan, &self.noted, &carried)?;
+            self.table = nft::apply(&plan, &self.noted, &hand_over)?;
             // That connections end is no repair.
-            if self.table != found && !carried_changed {
+            if self.table != found && !has_ended {
                 changes.push("nftables table".to_owned());
             }
         }
@@ -118,13 +122,23 @@ impl Host {
         changes.extend(route::apply(&self.netlink, &plan).await?);
         changes.extend(rule::apply(&self.netlink, &plan).await?);
         self.plan = plan;
-        self.carried = Some(carried);
+        (self.hand_over, self.has_looked) = (hand_over, true);
         Ok(changes)
+    }
+
+    /// Leaves new connections to another service proxy: only these flows, from client to frontend, are ours from now on.
+    pub fn retire(&mut self, flows: impl Iterator<Item = (Protocol, SocketAddr, SocketAddr)>) -> anyhow::Result<()> {
+        let ours = flows.map(|(protocol, from, to)| Direction { protocol, from, to }).collect();
+        if self.hand_over.ours.as_ref() != Some(&ours) {
+            self.hand_over.ours = Some(ours);
+            self.table = nft::apply(&self.plan, &self.noted, &self.hand_over)?;
+        }
+        Ok(())
     }
 
     /// The connections of a service proxy before us that still live: connection tracking goes on carrying them.
     fn find_carried(&self, plan: &Plan) -> BTreeSet<Direction> {
-        if self.carried.as_ref().is_some_and(BTreeSet::is_empty) {
+        if self.has_looked && self.hand_over.carried.is_empty() {
             return BTreeSet::new();
         }
         let found = conntrack::carried(|direction| plan.takes(direction.protocol, direction.to));
@@ -135,7 +149,7 @@ impl Host {
             );
             BTreeSet::new()
         });
-        if self.carried.is_none() && !found.is_empty() {
+        if !self.has_looked && !found.is_empty() {
             tracing::info!(
                 connections = found.len() / 2,
                 "another service proxy's connections stay with connection tracking"

@@ -11,8 +11,8 @@ use anyhow::{Context as _, Result};
 use serde_json::Value;
 use sluice_dataplane::net::Family;
 
-use super::conntrack::Direction;
-use super::{LINK, Lacking, MARK, MARK_MASK, Plan, carried, sysctl, tool};
+use super::hand_over::HandOver;
+use super::{LINK, Lacking, MARK, MARK_MASK, Plan, sysctl, tool};
 
 const TABLE: &str = "sluice";
 const RESERVED: &str = "reserved_ports";
@@ -100,8 +100,8 @@ fn noted(entries: &[Value]) -> Noted {
 }
 
 /// Puts the table in place of the last one, in one transaction, with this noted in it. Returns what the kernel makes of it.
-pub(super) fn apply(plan: &Plan, noted: &Noted, carried: &BTreeSet<Direction>) -> Result<Option<Table>> {
-    run(&ruleset(plan, noted, carried))?;
+pub(super) fn apply(plan: &Plan, noted: &Noted, hand_over: &HandOver) -> Result<Option<Table>> {
+    run(&ruleset(plan, noted, hand_over))?;
     read()
 }
 
@@ -161,7 +161,7 @@ fn refused(stderr: &[u8]) -> anyhow::Error {
 }
 
 /// The whole table as an nft script.
-fn ruleset(plan: &Plan, noted: &Noted, carried: &BTreeSet<Direction>) -> String {
+fn ruleset(plan: &Plan, noted: &Noted, hand_over: &HandOver) -> String {
     let mut chains = Chains::default();
     for family in &plan.families {
         chains.own_ports(plan, *family);
@@ -198,10 +198,14 @@ fn ruleset(plan: &Plan, noted: &Noted, carried: &BTreeSet<Direction>) -> String 
         text.push_str("  }\n");
     };
     chain("from_us", "", &chains.leaving);
-    let kept = carried::rules(carried);
-    let untracked = [vec![format!("iif \"{LINK}\" goto from_us")], kept.clone(), chains.arriving].concat();
+    let kept = hand_over.keep();
+    let arriving = match hand_over.take() {
+        Some(ours) => [ours, replies_only(plan)].concat(),
+        None => chains.arriving,
+    };
+    let untracked = [vec![format!("iif \"{LINK}\" goto from_us")], kept.clone(), arriving].concat();
     chain("untracked", "filter hook prerouting priority raw", &untracked);
-    let untracked_output = [kept, vec![format!("oif \"{LINK}\" notrack")]].concat();
+    let untracked_output = [kept, hand_over.take_own()].concat();
     chain("untracked_output", "filter hook output priority raw", &untracked_output);
     // Most packets: nothing that follows is for them.
     let most = "ct state untracked accept".to_owned();
@@ -216,7 +220,7 @@ fn ruleset(plan: &Plan, noted: &Noted, carried: &BTreeSet<Direction>) -> String 
     let marked_output = [vec![most, bring_back, unplaced], chains.errors].concat();
     chain("marked_output", "route hook output priority mangle", &marked_output);
     let _ = write!(text, "  set {RESERVED} {{\n    type inet_service; flags interval; {elements}\n  }}\n");
-    text.push_str(&carried::sets_and_chains(carried));
+    text.push_str(&hand_over.sets_and_chains());
     if noted.early_demux {
         // An empty set: that it is there says it.
         let _ = writeln!(text, "  set {EARLY_DEMUX} {{\n    type inet_service\n  }}");
@@ -226,6 +230,14 @@ fn ruleset(plan: &Plan, noted: &Noted, carried: &BTreeSet<Direction>) -> String 
     }
     text.push_str("}\n");
     text
+}
+
+/// Rules about replies to masqueraded flows alone.
+fn replies_only(plan: &Plan) -> Vec<String> {
+    let plan = Plan { services: BTreeSet::new(), node_ports: None, ..plan.clone() };
+    let mut chains = Chains::default();
+    plan.families.iter().for_each(|family| chains.own_ports(&plan, *family));
+    chains.arriving
 }
 
 #[derive(Default)]
