@@ -122,7 +122,7 @@ impl Drop for Threads {
             while !thread.is_finished() {
                 // A signal that comes just before the read is lost, so it is repeated.
                 // SAFETY: the thread is not joined yet, so its handle is valid.
-                unsafe { libc::pthread_kill(thread.as_pthread_t(), WAKE as libc::c_int) };
+                unsafe { libc::pthread_kill(thread.as_pthread_t() as libc::pthread_t, WAKE as libc::c_int) };
                 std::thread::sleep(Duration::from_micros(200));
             }
             if thread.join().is_err() {
