@@ -15,7 +15,8 @@ use sluice_bench::netns::NetNs;
 use sluice_bench::serve::PodServer;
 use sluice_bench::topology::{Pod, Topology, TopologyConfig};
 
-use crate::{http, manifests, sluice_binary};
+use crate::manifests::{self, Endpoint};
+use crate::{http, sluice_binary};
 
 /// Where the daemon's admin API listens, inside the node's namespace.
 pub const ADMIN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10249);
@@ -110,12 +111,13 @@ impl Cluster {
 
     /// Publishes the Service `web` with the Pods of these positions as endpoints.
     pub fn publish_web(&self, pods: impl IntoIterator<Item = usize>) -> Result<()> {
-        let pods: Vec<(String, Vec<IpAddr>)> = pods
-            .into_iter()
-            .map(|position| (self.pods[position].pod.name.clone(), self.pods[position].pod.addresses.clone()))
-            .collect();
+        let endpoint = |position: usize| {
+            let pod = &self.pods[position].pod;
+            Endpoint::ready(&pod.name, &pod.addresses).with_uid(&format!("uid-{}", pod.name))
+        };
+        let pods: Vec<Endpoint> = pods.into_iter().map(endpoint).collect();
         let mut objects = vec![manifests::service("web", 10)];
-        objects.extend(manifests::slices("web", &pods));
+        objects.extend(manifests::slices_of("web", &pods));
         self.write("web.json", &objects)
     }
 

@@ -1,4 +1,4 @@
-//! Ends the flows of endpoints that are gone: TCP by a RST to both ends, the rest by forgetting them.
+//! Ends the flows of endpoints that are gone: TCP connections by a RST to both ends, the rest by forgetting them.
 //!
 //! A RST counts only with exactly the sequence number that its receiver expects (RFC 5961 §3.2): the last acknowledgement
 //! number that it sent. Where that is behind by data it had not acknowledged yet, it answers with a challenge, and the
@@ -29,7 +29,7 @@ pub struct Ended {
     pub terminated: u64,
     /// TCP, reset: the drain deadline passed.
     pub deadline: u64,
-    /// UDP and SCTP, forgotten.
+    /// UDP, SCTP, and TCP connections that were still being opened: forgotten.
     pub forgotten: u64,
 }
 
@@ -87,7 +87,8 @@ impl FlowTable {
 
     fn end_one(&self, hit: Hit, cause: Cause, send: &mut impl FnMut(&Reset)) -> bool {
         let counters = self.ended_counters();
-        if hit.fields().request.protocol != Protocol::Tcp {
+        // A client that is still asking asks again in a second: then another endpoint may be there.
+        if hit.fields().request.protocol != Protocol::Tcp || hit.state() == State::Opening {
             self.close(&hit);
             counters.forgotten.fetch_add(1, Relaxed);
             return true;

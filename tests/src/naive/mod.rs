@@ -105,6 +105,11 @@ impl Naive {
         for object in of_kind("ServiceCIDR") {
             service_ranges.extend(list(&object["spec"]["cidrs"]).filter_map(|value| range(text(value))));
         }
+        let proxy = text(&config["serviceProxyName"]);
+        if !proxy.is_empty() {
+            // The rest of the ranges is the other service proxy's.
+            service_ranges.clear();
+        }
         let mut node_port_addresses: Vec<String> =
             list(&config["nodePortAddresses"]).map(|entry| text(entry).to_owned()).collect();
         if node_port_addresses.is_empty() {
@@ -121,7 +126,6 @@ impl Naive {
             service_ranges,
             ports: Vec::new(),
         };
-        let proxy = text(&config["serviceProxyName"]);
         let mut services: Vec<&Value> = of_kind("Service").filter(|service| is_served(service, proxy)).collect();
         services.sort_by_key(|service| age(service));
         let mut slices: Vec<&Value> = of_kind("EndpointSlice").collect();
