@@ -17,6 +17,7 @@ use sluice_control::host::Plan;
 use sluice_control::object::Object;
 use sluice_control::problem::Origin;
 use sluice_control::publish::Publisher;
+use sluice_control::saved::Saved;
 use sluice_control::source::{Change, Update};
 use sluice_dataplane::packet_path::{Settings, Shared};
 
@@ -125,6 +126,17 @@ fn run(size: &Size, local_controllers: bool) -> Result<()> {
     let begun = Instant::now();
     let problems = publisher.problems().len();
     println!("all problems              {:>10.1?}, {problems} found", begun.elapsed());
+    let folder = tempfile::tempdir()?;
+    let saved = Saved::new(folder.path(), "bench");
+    let begun = Instant::now();
+    let bytes = saved.write(publisher.store().objects())?;
+    println!("objects saved             {:>10.1?}, {} MiB", begun.elapsed(), bytes >> 20);
+    let begun = Instant::now();
+    let earlier = saved.read()?.context("they are there")?;
+    println!("objects read again        {:>10.1?}, {}", begun.elapsed(), earlier.update.changes.len());
+    let begun = Instant::now();
+    anyhow::ensure!(publisher.update(earlier.update).is_none(), "they are the same");
+    println!("the same objects anew     {:>10.1?}", begun.elapsed());
     let begun = Instant::now();
     publisher.release_idle();
     println!("idle counters released    {:>10.1?}", begun.elapsed());

@@ -16,14 +16,17 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::config::Config;
 use crate::drains::Drains;
+use crate::events::{About, Events, Told};
+use crate::first::{self, First};
 use crate::health_check::HealthServers;
 use crate::host::lock::{self, Standing};
 use crate::host::{Host, LINK, Lacking, Plan, nft, sysctl};
 use crate::loopback::LoopbackListeners;
 use crate::node::NodeFacts;
 use crate::publish::Publisher;
+use crate::saving::{self, Saving};
 use crate::source::{Feed, Source, Update};
-use crate::state::State;
+use crate::state::{Repairs, State};
 use crate::{admin, lives};
 
 /// How often the host is looked at for what others changed.
@@ -41,15 +44,19 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
     let host = Host::new()?;
     let standing = lock::standing(&config.state_dir)?;
     require_environment()?;
-    let (first, feed) = source.open().await?;
+    let events = source.access().map(|access| Events::start(access.clone(), config.node_name()));
+    let described = source.to_string();
+    let saved = source.access().map(|_| first::saved(&config)).transpose()?;
+    let mut feed = source.open()?;
+    let First { update: first, as_of } = first::first(&mut feed, saved.as_ref(), &standing, &config.state_dir).await?;
     let interfaces = host.addresses().await?;
     let settings = settings(&config, &first, &interfaces)?;
     // Open before another daemon lets go: packets wait here meanwhile.
     let tun = open_link(&host, settings.workers).await?;
     let shared = open_flows(settings.clone(), &config.state_dir)?;
     let publisher = publisher(&config, &interfaces, &shared);
-    let state = Arc::new(State::new(Arc::clone(&shared), config, publisher));
-    state.apply_first(first);
+    let state = Arc::new(State::new(Arc::clone(&shared), config, described, events, publisher));
+    state.apply_first(first, as_of);
     lives::forget(&state);
     let path = PacketPath::start(tun, Arc::clone(&shared)).context("cannot start the packet threads")?;
     // The daemon that handed over reads no packet any more: ours need not wait until it has ended, but the host must.
@@ -66,6 +73,7 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
         masquerade: settings.masquerade_addresses,
         interfaces,
         planned: None,
+        saving: saved.map(|saved| Saving::new(saved, as_of.is_none())),
     };
     let served = match daemon.set_up_host().await {
         Ok(()) => daemon.serve(feed, &path).await,
@@ -73,8 +81,14 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
     };
     let _ = sd_notify::notify(&[NotifyState::Stopping]);
     if shared.is_superseded() {
+        if let Some(saving) = &mut daemon.saving {
+            saving.let_go().await;
+        }
         tracing::info!("another daemon took over");
         return Ok(());
+    }
+    if let Some(saving) = &mut daemon.saving {
+        saving.finish(&daemon.state).await;
     }
     if daemon.state.config.leave_on_stop && served.is_ok() {
         tracing::info!("stopped; the next start goes on with every flow");
@@ -199,6 +213,8 @@ struct Daemon {
     interfaces: Vec<IpAddr>,
     /// The [`RoutingTable::host_version`] that the host is set up for.
     planned: Option<u64>,
+    /// Keeps objects for the next process, where their source may be out of reach then.
+    saving: Option<Saving>,
 }
 
 impl Daemon {
@@ -217,8 +233,11 @@ impl Daemon {
         let _ = sd_notify::notify(&[NotifyState::Ready]);
         let table = self.state.shared.table();
         tracing::info!(frontends = table.len(), admin = %self.state.config.admin, "serving");
+        let started = format!("{} began at {}", env!("CARGO_PKG_VERSION"), self.state.started);
+        self.tell_of_node("Starting", started, false);
         let mut look = tokio::time::interval(LOOK_INTERVAL);
         let mut unreported = false;
+        let mut save = tokio::time::interval(saving::INTERVAL);
         let mut watch_path = tokio::time::interval(PATH_INTERVAL);
         loop {
             tokio::select! {
@@ -244,12 +263,20 @@ impl Daemon {
                     lives::tell(&self.state);
                 }
                 _ = look.tick() => self.look().await?,
+                _ = save.tick() => {
+                    if let Some(saving) = &mut self.saving {
+                        saving.go_on(&self.state).await;
+                    }
+                }
             }
         }
     }
 
     async fn update(&mut self, update: Update) -> Result<()> {
         self.state.progress().pending_since.get_or_insert_with(Instant::now);
+        if let Some(saving) = &mut self.saving {
+            saving.note(&update);
+        }
         let state = Arc::clone(&self.state);
         let table = tokio::task::spawn_blocking(move || state.apply(update)).await?;
         self.follow(table).await?;
@@ -282,6 +309,13 @@ impl Daemon {
         Ok(())
     }
 
+    /// An Event on the own Node, where there is an API server.
+    fn tell_of_node(&self, reason: &'static str, note: String, is_warning: bool) {
+        if let Some(events) = &self.state.events {
+            events.tell(Told { about: About::Node, reason, note, is_of_node: true, is_warning });
+        }
+    }
+
     /// Looks at what others may have changed: addresses, links, routes, rules.
     async fn look(&mut self) -> Result<()> {
         let interfaces = self.host.addresses().await?;
@@ -297,6 +331,9 @@ impl Daemon {
         for what in self.host.repair().await? {
             tracing::warn!(what, "put right what somebody else changed");
             admin::metrics::host_repaired(&what);
+            self.tell_of_node("HostStateChanged", format!("put right what somebody else changed: {what}"), true);
+            let mut repairs = self.state.repairs.lock().unwrap_or_else(PoisonError::into_inner);
+            *repairs = Repairs { count: repairs.count + 1, last: Some(Instant::now()) };
         }
         self.serve_ports().await;
         self.state.publisher().release_idle();

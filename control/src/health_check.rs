@@ -15,7 +15,7 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
 use crate::admin::health::is_healthy;
-use crate::problem::Problem;
+use crate::problem::{Problem, Reason};
 use crate::state::State;
 
 /// What load balancers ask about one Service.
@@ -80,9 +80,9 @@ impl HealthServers {
                     }
                     Err(error) => {
                         let message = format!("cannot listen on {address}: {error}");
-                        problems.push(
-                            Problem::error("spec.healthCheckNodePort", message).about(format!("Service {service}")),
-                        );
+                        let problem = Problem::error("spec.healthCheckNodePort", message);
+                        let problem = problem.because(Reason::FailedToStartServiceHealthcheck);
+                        problems.push(problem.about(format!("Service {service}")));
                     }
                 }
             }

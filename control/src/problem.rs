@@ -44,6 +44,30 @@ pub enum Severity {
     Warning,
 }
 
+/// What kind of thing is wrong, as Events name it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub enum Reason {
+    /// An object says what cannot be, or cannot be served.
+    #[default]
+    InvalidObject,
+    /// Two Services want one address and port.
+    AddressConflict,
+    /// The port that load balancers ask cannot be had; kube-proxy's word.
+    FailedToStartServiceHealthcheck,
+}
+
+impl Reason {
+    /// The word.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::InvalidObject => "InvalidObject",
+            Self::AddressConflict => "AddressConflict",
+            Self::FailedToStartServiceHealthcheck => "FailedToStartServiceHealthcheck",
+        }
+    }
+}
+
 /// One thing that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -58,13 +82,22 @@ pub struct Problem {
     pub field: String,
     /// What is wrong and, where there is one, the way out.
     pub message: String,
+    /// What kind of thing is wrong.
+    pub reason: Reason,
 }
 
 impl Problem {
     /// A problem without origin or object, to be completed with [`Problem::about`] and [`Problem::from`].
     #[must_use]
     pub fn new(severity: Severity, field: impl Into<String>, message: impl Into<String>) -> Self {
-        Self { severity, origin: None, object: None, field: field.into(), message: message.into() }
+        Self {
+            severity,
+            origin: None,
+            object: None,
+            field: field.into(),
+            message: message.into(),
+            reason: Reason::default(),
+        }
     }
 
     /// An error.
@@ -83,6 +116,13 @@ impl Problem {
     #[must_use]
     pub fn about(mut self, object: impl Into<String>) -> Self {
         self.object = Some(object.into());
+        self
+    }
+
+    /// With its kind.
+    #[must_use]
+    pub fn because(mut self, reason: Reason) -> Self {
+        self.reason = reason;
         self
     }
 

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ahash::AHashSet;
+use k8s_openapi::api::core::v1::Service;
 use sluice_dataplane::table::{
     Deadline, EndpointSlot, NodeSpec, RoutingTable, ServiceName, ServiceSpec, Slots, TableBuilder,
 };
@@ -16,10 +17,11 @@ use crate::health_check::HealthCheck;
 use crate::local::LocalControllers;
 use crate::node::NodeFacts;
 use crate::object::{SERVICE_NAME_LABEL, name_of, service_of};
-use crate::problem::{Origin, Problem};
+use crate::problem::{Origin, Problem, Reason};
+use crate::resolve::advice::advise;
 use crate::resolve::{Rules, resolve};
 use crate::source::Update;
-use crate::store::{Store, Touched};
+use crate::store::{Store, Stored, Touched};
 
 /// Objects, and the tables made of them.
 pub struct Publisher {
@@ -80,7 +82,7 @@ impl Publisher {
             Some(local) => local.complete(update.changes),
             None => update.changes,
         };
-        let touched = self.store.apply(changes);
+        let touched = if update.is_whole { self.store.replace(changes) } else { self.store.apply(changes) };
         self.resolve(touched).then(|| self.builder.build())
     }
 
@@ -183,6 +185,7 @@ impl Publisher {
             let origin = self.store.service(&conflict.loser).map(|service| &service.origin);
             let message = format!("{} is already taken by the older Service {}", conflict.key, conflict.winner);
             let problem = Problem::error("spec", message).about(format!("Service {}", conflict.loser));
+            let problem = problem.because(Reason::AddressConflict);
             origin.map_or(problem.clone(), |origin| problem.from(origin))
         }));
         problems.extend(self.loops());
@@ -199,6 +202,19 @@ impl Publisher {
         problems.sort();
         problems.dedup();
         problems
+    }
+
+    /// What an administrator may want to know of Services that are served as they say.
+    #[must_use]
+    pub fn advice(&self) -> Vec<Problem> {
+        let of_service = |(name, service): (&ServiceName, &Stored<Service>)| {
+            let slices = self.store.slices(name).map(|slice| &*slice.object);
+            let advice = advise(&service.object, slices, &self.node, &self.rules);
+            advice.into_iter().map(|problem| problem.from(&service.origin)).collect::<Vec<_>>()
+        };
+        let mut advice: Vec<Problem> = self.store.services().flat_map(of_service).collect();
+        advice.sort();
+        advice
     }
 
     /// Endpoints that are frontends of ours. They get no flows.

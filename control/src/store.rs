@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use ahash::AHashMap;
+use ahash::{AHashMap, AHashSet};
 use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
@@ -58,6 +58,50 @@ impl Store {
             }
         }
         touched
+    }
+
+    /// Applies changes that name all there is: what they do not name is deleted, what stays as it is touches nothing.
+    pub fn replace(&mut self, changes: Vec<Change>) -> Touched {
+        let named: AHashSet<Key> = changes.iter().filter_map(Change::key).collect();
+        // What vanished first: its addresses may be somebody else's by now.
+        let gone: Vec<Key> = self.objects().map(|object| object.key()).filter(|key| !named.contains(key)).collect();
+        let mut touched = self.apply(gone.into_iter().map(Change::Delete));
+        for change in changes {
+            match change {
+                // The new one is kept all the same: whoever sent it keeps it too, and two would take twice the memory.
+                Change::Apply(object, origin) if self.holds(&object) => {
+                    self.put(object, origin, &mut Touched::default())
+                }
+                Change::Apply(object, origin) => self.put(object, origin, &mut touched),
+                Change::Delete(key) => self.delete(&key, &mut touched),
+            }
+        }
+        touched
+    }
+
+    /// Every object, in no order.
+    pub fn objects(&self) -> impl Iterator<Item = Object> {
+        let services = self.services.values().map(|held| Object::Service(Arc::clone(&held.object)));
+        let slices = self.slices.values().flat_map(BTreeMap::values).chain(self.unlabelled.values());
+        let slices = slices.map(|held| Object::EndpointSlice(Arc::clone(&held.object)));
+        let pods = self.pods.values().map(|held| Object::Pod(Arc::clone(&held.object)));
+        let nodes = self.nodes.values().map(|held| Object::Node(Arc::clone(&held.object)));
+        let ranges = self.service_cidrs.values().map(|held| Object::ServiceCidr(Arc::clone(&held.object)));
+        services.chain(slices).chain(pods).chain(nodes).chain(ranges)
+    }
+
+    fn holds(&self, object: &Object) -> bool {
+        let name = object.key().name;
+        match object {
+            Object::Service(object) => self.services.get(&name).is_some_and(|held| held.object == *object),
+            Object::EndpointSlice(object) => self.slice(&name).is_some_and(|held| held.object == *object),
+            Object::Pod(object) => self.pods.get(&name).is_some_and(|held| held.object == *object),
+            Object::Node(object) => self.nodes.get(&*name.name).is_some_and(|held| held.object == *object),
+            Object::ServiceCidr(object) => {
+                self.service_cidrs.get(&*name.name).is_some_and(|held| held.object == *object)
+            }
+            Object::Deployment(_) | Object::StatefulSet(_) => false,
+        }
     }
 
     /// A Service.
@@ -179,5 +223,60 @@ impl Store {
             }
         }
         touched.services.insert(service);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn slice(name: &str, of: &str, address: &str) -> Change {
+        let object = json!({"metadata": {"namespace": "n", "name": name, "labels": {"kubernetes.io/service-name": of}},
+            "addressType": "IPv4", "endpoints": [{"addresses": [address]}]});
+        Change::Apply(Object::EndpointSlice(Arc::new(serde_json::from_value(object).unwrap())), Origin::Api)
+    }
+
+    fn apply(kind: &str, name: &str, spec: Value) -> Change {
+        let object = json!({"metadata": {"namespace": "n", "name": name}, "spec": spec});
+        let object = match kind {
+            "Service" => Object::Service(Arc::new(serde_json::from_value(object).unwrap())),
+            "Node" => Object::Node(Arc::new(
+                serde_json::from_value(json!({"metadata": {"name": name}, "spec": spec})).unwrap(),
+            )),
+            _ => Object::ServiceCidr(Arc::new(serde_json::from_value(json!({"metadata": {"name": name}})).unwrap())),
+        };
+        Change::Apply(object, Origin::Api)
+    }
+
+    #[test]
+    fn all_there_is_deletes_the_rest_and_touches_only_what_differs() {
+        let mut store = Store::default();
+        let at = |address: &str| json!({"clusterIP": address});
+        store.apply([
+            apply("Service", "same", at("10.0.0.1")),
+            apply("Service", "other", at("10.0.0.2")),
+            apply("Service", "gone", at("10.0.0.3")),
+            slice("same-1", "same", "10.1.0.1"),
+            slice("other-1", "unknown", "10.1.0.2"),
+            slice("gone-1", "same-too", "10.1.0.3"),
+            apply("Node", "me", json!({"podCIDR": "10.1.0.0/24"})),
+            apply("ServiceCIDR", "default", json!({})),
+        ]);
+        let touched = store.replace(vec![
+            apply("Service", "same", at("10.0.0.1")),
+            apply("Service", "other", at("10.0.0.9")),
+            slice("same-1", "same", "10.1.0.1"),
+            slice("other-1", "unknown", "10.1.0.9"),
+            apply("Node", "me", json!({"podCIDR": "10.1.0.0/24"})),
+        ]);
+        let names: Vec<&str> = touched.services.iter().map(|name| &*name.name).collect();
+        assert_eq!(names, ["gone", "other", "same-too", "unknown"]);
+        assert_eq!((touched.nodes.len(), touched.service_cidrs), (0, true));
+        assert_eq!(store.objects().count(), 5);
+        assert!(store.service(&ServiceName::new("n", "gone")).is_none());
+        assert_eq!(store.replace(Vec::new()).services.len(), 3, "and all of it may go");
+        assert_eq!(store.objects().count(), 0);
     }
 }

@@ -128,6 +128,11 @@ impl ControlPlane {
         Ok(())
     }
 
+    /// What the API server has at this path.
+    pub fn get(&self, path: &str) -> Result<Value> {
+        Ok(serde_json::from_str(&self.request("GET", path, None)?)?)
+    }
+
     /// Changes an object by a merge patch.
     pub fn patch(&self, object: &Value, patch: &Value) -> Result<()> {
         self.request("PATCH", &path(object)?, Some(patch)).map(drop)

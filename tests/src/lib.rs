@@ -1,10 +1,11 @@
 //! Helpers of the whole-program tests: they drive the built programs from outside, as a user would.
 
+pub mod api_cluster;
 pub mod cluster;
 pub mod control_plane;
+pub mod fake_api;
 pub mod http;
 pub mod lab;
-pub mod live;
 pub mod manifests;
 pub mod naive;
 pub mod probe;

@@ -6,16 +6,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use serde_json::{Value, json};
-use sluice_bench::client::{self, Target, ask};
+use sluice_bench::client;
+use sluice_tests::api_cluster::{ADDRESS, cluster, publish, service, slices, wait_for, who_answers};
 use sluice_tests::cluster::{Cluster, SOON};
 use sluice_tests::control_plane::{self, ControlPlane};
-use sluice_tests::live::{ADDRESS, cluster, publish, service, slices, wait_for};
 use sluice_tests::{can_run_in_namespaces, manifests};
-
-fn who_answers(cluster: &Cluster, host: u8) -> Option<String> {
-    let target = Target::Http(SocketAddr::from(([10, 96, 0, host], 80)));
-    cluster.topology.client.run(|| Ok(ask(target, Duration::from_secs(2)).result.ok())).unwrap()
-}
 
 /// A Pod that its kubelet would say is ready.
 fn running(name: &str, addresses: &[IpAddr]) -> Value {
@@ -76,7 +71,7 @@ fn services_follow_a_real_api_server_through_restarts_cuts_and_compaction() {
     if !can_run_in_namespaces(WHAT) || !control_plane::can_run(WHAT) {
         return;
     }
-    let (mut cluster, mut plane) = cluster().unwrap();
+    let (mut cluster, mut plane) = cluster();
 
     // What would be served is printed, and nothing is touched.
     let before = cluster.host_state().unwrap();
@@ -94,21 +89,21 @@ fn services_follow_a_real_api_server_through_restarts_cuts_and_compaction() {
     let mut connection = cluster.topology.client.run(connect).unwrap();
     assert_eq!(connection.get("/").unwrap(), "web-1");
     assert!(!cluster.problems().unwrap().contains("cannot"), "the role system:node-proxier is enough");
-    publish(&cluster, &plane, "other", 11).unwrap();
-    wait_for(&cluster, 11, "forward", &[FIRST]).unwrap();
+    publish(&cluster, &plane, "other", 11);
+    wait_for(&cluster, 11, "forward", &[FIRST]);
     for slice in slices(&cluster, "web", 0..2) {
         plane.patch(&slice, &json!({"endpoints": slice["endpoints"]})).unwrap();
     }
-    wait_for(&cluster, 10, "forward", &[FIRST, SECOND]).unwrap();
+    wait_for(&cluster, 10, "forward", &[FIRST, SECOND]);
     // A Service of another proxy, and one that becomes so.
     let label = json!({"metadata": {"labels": {"service.kubernetes.io/service-proxy-name": "another"}}});
     plane.patch(&service("other", 11), &label).unwrap();
-    wait_for(&cluster, 11, "drop", &[]).unwrap();
+    wait_for(&cluster, 11, "drop", &[]);
     let label = json!({"metadata": {"labels": {"service.kubernetes.io/service-proxy-name": null}}});
     plane.patch(&service("other", 11), &label).unwrap();
-    wait_for(&cluster, 11, "forward", &[FIRST]).unwrap();
+    wait_for(&cluster, 11, "forward", &[FIRST]);
     plane.delete(&service("other", 11)).unwrap();
-    wait_for(&cluster, 11, "drop", &[]).unwrap();
+    wait_for(&cluster, 11, "drop", &[]);
 
     // Without the API server everything stays as it is, and is said.
     plane.kill_api_server().unwrap();
@@ -116,8 +111,8 @@ fn services_follow_a_real_api_server_through_restarts_cuts_and_compaction() {
     assert!(who_answers(&cluster, 10).is_some());
     assert_eq!(connection.get("/").unwrap(), "web-1");
     plane.start_api_server().unwrap();
-    publish(&cluster, &plane, "third", 12).unwrap();
-    wait_for(&cluster, 12, "forward", &[FIRST]).unwrap();
+    publish(&cluster, &plane, "third", 12);
+    wait_for(&cluster, 12, "forward", &[FIRST]);
     cluster.wait_for_problems("the API server is back", |problems| !problems.contains("cannot")).unwrap();
 
     // Cut off while much changes, and then the server has forgotten what: what vanished goes, what stayed is not touched.
@@ -125,15 +120,15 @@ fn services_follow_a_real_api_server_through_restarts_cuts_and_compaction() {
     plane.kill_api_server().unwrap();
     plane.start_api_server().unwrap();
     plane.delete(&service("third", 12)).unwrap();
-    publish(&cluster, &plane, "fourth", 13).unwrap();
+    publish(&cluster, &plane, "fourth", 13);
     plane.compact().unwrap();
     plane.kill_api_server().unwrap();
     plane.start_api_server().unwrap();
     assert!(who_answers(&cluster, 12).is_some(), "nothing is known of it yet");
     cut(&cluster, "del").unwrap();
-    wait_for(&cluster, 13, "forward", &[FIRST]).unwrap();
-    wait_for(&cluster, 12, "drop", &[]).unwrap();
-    wait_for(&cluster, 10, "forward", &[FIRST, SECOND]).unwrap();
+    wait_for(&cluster, 13, "forward", &[FIRST]);
+    wait_for(&cluster, 12, "drop", &[]);
+    wait_for(&cluster, 10, "forward", &[FIRST, SECOND]);
     assert!(cluster.log().contains("our version has expired"), "this was about 410\n{}", cluster.log());
     assert_eq!(connection.get("/").unwrap(), "web-1", "the connection went on through it all");
 
@@ -145,10 +140,10 @@ fn services_follow_a_real_api_server_through_restarts_cuts_and_compaction() {
     let pods = cluster.pods.iter().map(|pod| running(&pod.pod.name, &pod.pod.addresses));
     let pods: Vec<Value> = pods.collect();
     pods.iter().for_each(|pod| plane.create(pod).unwrap());
-    wait_for(&cluster, 14, "forward", &[FIRST, SECOND]).unwrap();
+    wait_for(&cluster, 14, "forward", &[FIRST, SECOND]);
     let unready = json!({"status": {"conditions": [{"type": "Ready", "status": "False"}]}});
     plane.patch_status(&pods[1], &unready).unwrap();
-    wait_for(&cluster, 14, "forward", &[FIRST]).unwrap();
+    wait_for(&cluster, 14, "forward", &[FIRST]);
     assert_eq!(who_answers(&cluster, 14).as_deref(), Some("web-1"));
 
     // What is not allowed is named.

@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use sluice_bench::client::{Connection, Target};
 use sluice_bench::load::{Load, Plan};
+use sluice_tests::api_cluster::{ADDRESS, cluster, publish, service, slices, wait_for};
 use sluice_tests::can_run_in_namespaces;
 use sluice_tests::cluster::{Cluster, SOON};
 use sluice_tests::control_plane::{self, ControlPlane};
-use sluice_tests::live::{ADDRESS, cluster, publish, service, slices, wait_for};
 use sluice_tests::relay::{Manner, Relay};
 
 const FIRST: &str = "10.244.0.1:8080";
@@ -56,7 +56,7 @@ impl Traffic {
 fn change(cluster: &Cluster, plane: &ControlPlane, round: u8) -> (u8, u8) {
     let (gone, come) = (20 + round, 21 + round);
     plane.delete(&service(&format!("s{gone}"), gone)).unwrap();
-    publish(cluster, plane, &format!("s{come}"), come).unwrap();
+    publish(cluster, plane, &format!("s{come}"), come);
     let pods = if round.is_multiple_of(2) { 0..2 } else { 0..1 };
     for slice in slices(cluster, "web", pods) {
         plane.patch(&slice, &json!({"endpoints": slice["endpoints"]})).unwrap();
@@ -67,9 +67,9 @@ fn change(cluster: &Cluster, plane: &ControlPlane, round: u8) -> (u8, u8) {
 /// How long it took from now until the table holds that change.
 fn settle(cluster: &Cluster, round: u8, (gone, come): (u8, u8), what: &str) {
     let begun = Instant::now();
-    wait_for(cluster, come, "forward", &[FIRST]).unwrap();
-    wait_for(cluster, gone, "drop", &[]).unwrap();
-    wait_for(cluster, WEB, "forward", if round.is_multiple_of(2) { &[FIRST, SECOND] } else { &[FIRST] }).unwrap();
+    wait_for(cluster, come, "forward", &[FIRST]);
+    wait_for(cluster, gone, "drop", &[]);
+    wait_for(cluster, WEB, "forward", if round.is_multiple_of(2) { &[FIRST, SECOND] } else { &[FIRST] });
     eprintln!("{what}: the table is right after {:?}", begun.elapsed());
 }
 
@@ -79,10 +79,10 @@ fn no_connection_is_lost_whatever_the_api_server_does() {
     if !can_run_in_namespaces(WHAT) || !control_plane::can_run(WHAT) {
         return;
     }
-    let (mut cluster, mut plane) = cluster().unwrap();
+    let (mut cluster, mut plane) = cluster();
     let relay = Relay::start(&cluster.topology.node, format!("{ADDRESS}:6443").parse().unwrap()).unwrap();
     cluster.watch_api(plane.kubeconfig_through("proxy", relay.address).unwrap());
-    publish(&cluster, &plane, "s20", 20).unwrap();
+    publish(&cluster, &plane, "s20", 20);
     cluster.start().unwrap();
     let mut traffic = Traffic::start(&cluster);
 

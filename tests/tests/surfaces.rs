@@ -105,4 +105,22 @@ fn what_asks_kube_proxy_gets_an_answer() {
     assert_eq!((&health["nodeEligible"], &health["healthy"]), (&json!(false), &json!(true)));
     assert_eq!(http::get(&cluster.topology.node, ADMIN, "/livez").unwrap().status, 200);
     assert!(cluster.metric("kubeproxy_proxy_healthz_total{code=\"503\"}").unwrap() >= 1.0);
+
+    // One line a subsystem says the same to people.
+    cluster.write_text("broken.yaml", "kind: [").unwrap();
+    let status = |ns: &sluice_bench::netns::NetNs| {
+        let output = ns.command(sluice_tests::sluice_binary()).arg("status").output().unwrap();
+        (output.status.code(), String::from_utf8(output.stdout).unwrap())
+    };
+    let deadline = Instant::now() + SOON;
+    loop {
+        let (code, text) = status(&cluster.topology.node);
+        let is_degraded = |name: &str| text.lines().any(|line| line.starts_with(name) && line.contains(" degraded "));
+        if code == Some(1) && is_degraded("source ") && is_degraded("health ") && !is_degraded("table ") {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{code:?}\n{text}");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    assert_eq!(status(&cluster.topology.client).0, Some(3), "no daemon is there");
 }

@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use jiff::Timestamp;
 use metrics::{Label, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use sluice_dataplane::net::Direction;
@@ -18,6 +19,7 @@ use crate::state::State;
 const APPLY_SECONDS: &str = "sluice_table_apply_duration_seconds";
 const DRAIN_SECONDS: &str = "sluice_drain_duration_seconds";
 const EJECTIONS: &str = "sluice_ejections_total";
+const SOURCE_ERRORS: &str = "sluice_source_errors_total";
 const REPAIRS: &str = "sluice_host_repairs_total";
 
 /// Events counted since start, in the process-wide recorder.
@@ -40,6 +42,7 @@ pub fn install() -> Result<()> {
     describe_histogram!(APPLY_SECONDS, "Time from an update to its routing table being in force");
     describe_histogram!(DRAIN_SECONDS, "Time from the beginning of a drain to the end of the endpoint's last flow");
     describe_counter!(EJECTIONS, "Endpoints that got no new flows for a while because too many failed");
+    describe_counter!(SOURCE_ERRORS, "Requests to the API server that failed, by resource, verb and code");
     describe_counter!(REPAIRS, "Host state of ours that somebody else changed and that was put right");
     kube_proxy::describe();
     Ok(())
@@ -53,6 +56,12 @@ pub fn table_applied(took: Duration) {
 /// An endpoint was ejected.
 pub fn ejected(port: &PortName) {
     counter!(EJECTIONS, port_labels(port, &[])).increment(1);
+}
+
+/// A request to the API server failed. `code`: of the answer; none when there was no whole one.
+pub fn source_failed(resource: &'static str, verb: &'static str, code: Option<u16>) {
+    let code = code.map_or_else(|| "none".to_owned(), |code| code.to_string());
+    counter!(SOURCE_ERRORS, "resource" => resource, "verb" => verb, "code" => code).increment(1);
 }
 
 /// The last flow of an endpoint that drained has ended.
@@ -79,6 +88,7 @@ pub fn render(state: &State) -> String {
         record_services(state);
         record_endpoints(state);
         record_packet_path(state);
+        record_source(state);
         kube_proxy::record(state);
         process();
     });
@@ -120,6 +130,11 @@ fn describe() {
     describe_gauge!("sluice_flow_table_capacity", "Most flows the flow table holds");
     describe_counter!("sluice_flow_table_evictions_total", "Flows pushed out of a full flow table");
     describe_counter!("sluice_drops_total", "Packets dropped, by reason");
+    describe_gauge!(
+        "sluice_source_synced",
+        "1 once the source has told all there is; 0: objects of an earlier process serve"
+    );
+    describe_gauge!("sluice_objects_age_seconds", "For how long changes may have been missed; 0: they come in");
     describe_gauge!("sluice_problems", "Things wrong with objects now, by severity");
     describe_gauge!("sluice_skipped_objects", "Objects of kinds that are not used, by kind");
     describe_gauge!("sluice_build_info", "1, labelled with the version");
@@ -236,6 +251,13 @@ struct OfPort {
     active: u64,
     draining: u64,
     states: BTreeMap<String, u32>,
+}
+
+fn record_source(state: &State) {
+    let freshness = state.freshness();
+    gauge!("sluice_source_synced").set(f64::from(u8::from(freshness.is_synced)));
+    let age = freshness.behind_since.map(|since| Timestamp::now().duration_since(since).as_secs_f64().max(0.0));
+    gauge!("sluice_objects_age_seconds").set(age.unwrap_or_default());
 }
 
 fn record_packet_path(state: &State) {

@@ -8,6 +8,7 @@
 //! | `/api/v1/trace?from=IP&to=IP:PORT&proto=tcp` | what happens to a new flow, behind `sluice trace --admin` |
 //! | `POST /api/v1/drain`, `undrain` | drains by hand, behind `sluice drain` |
 //! | `/api/v1/problems` | everything that is wrong with objects now |
+//! | `/api/v1/status` | whether all is well, behind `sluice status` |
 //! | `/proxyMode`, `/configz`, `/flagz`, `/statusz` | what kube-proxy says there, of us |
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -35,6 +36,7 @@ pub mod health;
 pub mod kube_proxy;
 pub mod metrics;
 pub mod pages;
+pub mod status;
 pub mod views;
 
 /// Connections that may wait to be accepted.
@@ -56,6 +58,7 @@ pub fn serve(state: &Arc<State>) -> Result<JoinSet<std::io::Result<()>>> {
         .route("/api/v1/drain", post(drain::drain))
         .route("/api/v1/undrain", post(drain::undrain))
         .route("/api/v1/problems", get(|Extract(state): Extract<Arc<State>>| list(state, views::problems)))
+        .route("/api/v1/status", get(status::status))
         .route("/proxyMode", get(pages::PROXY_MODE))
         .route("/configz", get(pages::configz))
         .route("/flagz", get(pages::flagz))

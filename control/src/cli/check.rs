@@ -1,4 +1,4 @@
-//! `sluice check`: whether manifests are right, and what would be routed.
+//! `sluice check`: whether manifests, or the objects of a cluster, are right, and what would be routed.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -11,16 +11,22 @@ use super::offline;
 use super::report::{PortReport, Report, ServiceReport};
 use crate::config::Config;
 use crate::problem::{Origin, Problem, Severity};
+use crate::source::api::Access;
 
-/// Validate manifests and say what would be routed; exit 1 when there are errors.
+/// Validate manifests, or the objects of a cluster, and say what would be routed; exit 1 when there are errors.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// A manifest, or a folder of them
-    path: PathBuf,
+    #[arg(required_unless_present = "kubeconfig", conflicts_with = "kubeconfig")]
+    path: Option<PathBuf>,
+    /// Check what the API server of this kubeconfig has, and say what is odd besides: Services that select nothing, hints that
+    /// do not count
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
     /// Configuration file
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// See the manifests as the Node of this name does
+    /// See them as the Node of this name does
     #[arg(long, value_name = "NAME")]
     node_name: Option<String>,
     /// Output; `wide` adds families, endpoint addresses and files
@@ -37,9 +43,11 @@ enum Format {
 
 /// Checks, and prints what it found.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    if let Err(error) = std::fs::metadata(&args.path) {
+    if let Some(path) = &args.path
+        && let Err(error) = std::fs::metadata(path)
+    {
         let is_missing = error.kind() == std::io::ErrorKind::NotFound;
-        eprintln!("sluice check: {}: {error}", args.path.display());
+        eprintln!("sluice check: {}: {error}", path.display());
         return Ok(ExitCode::from(if is_missing { 2 } else { 3 }));
     }
     let mut config = match args.config.as_deref().map(Config::read).unwrap_or_else(|| Ok(Config::default())) {
@@ -52,7 +60,13 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     if args.node_name.is_some() {
         config.node_name = args.node_name;
     }
-    let report = Report::new(&offline::load(config, &args.path));
+    let report = match (args.path, args.kubeconfig) {
+        (Some(path), _) => Report::new(&offline::load(config, &path)),
+        (None, kubeconfig) => {
+            let publisher = offline::load_cluster(config, Access::Kubeconfig(kubeconfig.unwrap_or_default()))?;
+            Report::new(&publisher).with_advice(publisher.advice())
+        }
+    };
     let text = match args.output {
         Some(Format::Json) => serde_json::to_string_pretty(&report)? + "\n",
         Some(Format::Yaml) => serde_saphyr::to_string(&report)?,

@@ -17,6 +17,7 @@ pub mod get;
 pub mod offline;
 mod report;
 pub mod run;
+pub mod status;
 pub mod trace;
 
 /// What was asked about is wrong.
@@ -45,6 +46,8 @@ enum Command {
     Demo(demo::Args),
     /// Validate manifests and say what would be routed
     Check(check::Args),
+    /// Say whether a running daemon is well, a line a subsystem; exit 1 when not
+    Status(status::Args),
     /// Show what a running daemon serves
     Get(get::Args),
     /// Say what happens to a new connection, and by which rule
@@ -71,6 +74,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(args),
         Command::Demo(args) => demo::run(args),
         Command::Check(args) => check::run(args),
+        Command::Status(args) => status::run(args),
         Command::Get(args) => get::run(args),
         Command::Trace(args) => trace::run(args),
         Command::Drain(args) => drain::drain(args),

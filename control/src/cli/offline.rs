@@ -1,15 +1,66 @@
-//! Manifests without a daemon: what the files alone say, whatever host this runs on.
+//! Objects without a daemon: what files or an API server alone say, whatever host this runs on.
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
+use anyhow::Result;
 use sluice_dataplane::table::Slots;
 
-use crate::config::Config;
+use crate::config::{Config, ConfigError};
+use crate::host::Lacking;
 use crate::object::{Key, Kind};
 use crate::publish::Publisher;
-use crate::source::Change;
+use crate::source::api::{Access, Options, SILENCE};
 use crate::source::folder::Folder;
+use crate::source::{Change, Source};
+
+/// How long an API server may take to tell all there is.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A publisher with everything that an API server has. Fails, with exit code 3, when that cannot be had in time.
+pub fn load_cluster(mut config: Config, access: Access) -> Result<Publisher> {
+    config.local_controllers = false;
+    // Without a name, from no node at all.
+    config.node_name.get_or_insert_default();
+    let options = Options {
+        access,
+        node_name: config.node_name(),
+        service_proxy_name: config.service_proxy_name.clone(),
+        node_patience: Duration::ZERO,
+        silence: SILENCE,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let update = runtime.block_on(async {
+        options
+            .access
+            .client()
+            .await
+            .map_err(|error| ConfigError::new("access to the API server", format!("{error:#}")))?;
+        let mut feed = Source::Api(options).open()?;
+        let mut problems = Vec::new();
+        let whole = async {
+            loop {
+                let update = feed.next().await?;
+                if update.is_whole {
+                    return anyhow::Ok(update);
+                }
+                problems = update.problems;
+            }
+        };
+        match tokio::time::timeout(PATIENCE, whole).await {
+            Ok(update) => update,
+            Err(_) => {
+                let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
+                let reasons = if problems.is_empty() { "no answer".to_owned() } else { problems.join("; ") };
+                Err(Lacking(format!("the API server does not tell all there is: {reasons}")).into())
+            }
+        }
+    })?;
+    let mut publisher = Publisher::new(config, Vec::new(), Arc::new(Slots::new(1)));
+    publisher.update(update);
+    Ok(publisher)
+}
 
 /// A publisher with everything that the manifests hold. Without a configured node name it sees them from their only Node,
 /// or from no node at all.

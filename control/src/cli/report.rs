@@ -86,6 +86,14 @@ impl Report {
         Self { services, problems, skipped: publisher.skipped().clone(), errors, warnings }
     }
 
+    /// With what an administrator may want to know besides.
+    pub(super) fn with_advice(mut self, advice: Vec<Problem>) -> Self {
+        self.warnings += advice.len();
+        self.problems.extend(advice);
+        self.problems.sort();
+        self
+    }
+
     /// One line.
     pub(super) fn summary(&self) -> String {
         let ports = self.services.iter().flat_map(|service| &service.ports);

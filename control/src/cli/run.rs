@@ -139,7 +139,7 @@ async fn source(config: &Config, access: Option<Access>, manifests: Option<PathB
 /// What the daemon would serve, as `sluice check` says it, of the first update alone.
 async fn dry_run(config: Config, source: Source) -> Result<ExitCode> {
     let interfaces = Host::new()?.addresses().await?;
-    let (first, _) = source.open().await?;
+    let first = source.open()?.next_whole().await?;
     let state_dir = config.state_dir.clone();
     let mut publisher = Publisher::new(config, interfaces, Arc::new(Slots::new(1)));
     if let Some(local) = publisher.local_controllers() {

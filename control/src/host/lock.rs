@@ -88,7 +88,9 @@ pub fn boot_id() -> Result<String> {
     Ok(fs::read_to_string(PATH).with_context(|| format!("cannot read {PATH}"))?.trim().to_owned())
 }
 
-fn is_held(path: &Path) -> bool {
+/// Whether a daemon has this flow file.
+#[must_use]
+pub fn is_held(path: &Path) -> bool {
     let Ok(file) = OpenOptions::new().read(true).write(true).open(path) else { return false };
     matches!(Flock::lock(file, FlockArg::LockExclusiveNonblock), Err((_, Errno::EWOULDBLOCK)))
 }

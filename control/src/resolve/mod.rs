@@ -1,6 +1,7 @@
 //! Resolution: one Service and its EndpointSlices, as this node sees them, into plain data for the routing table. Pure:
 //! no I/O, no clock, and it cannot fail; what is wrong with an object becomes a [`Problem`].
 
+pub mod advice;
 mod affinity;
 mod annotations;
 mod draining;

@@ -3,6 +3,7 @@
 
 use super::endpoints::Merged;
 use crate::node::NodeFacts;
+use crate::object::ZONE_LABEL;
 
 /// By which hints endpoints are chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +33,28 @@ impl Topology {
     /// Whether the endpoint is meant for here.
     pub(super) fn admits(self, endpoint: &Merged<'_, '_>, node: &NodeFacts) -> bool {
         self.hint(endpoint, node).unwrap_or(false)
+    }
+
+    /// Why hints that are there do not count.
+    pub(super) fn why_ignored(endpoints: &[Merged<'_, '_>], node: &NodeFacts) -> Option<String> {
+        if Self::of(endpoints, node).is_some() {
+            return None;
+        }
+        let ready = || endpoints.iter().filter(|endpoint| endpoint.of.ready);
+        // Hints for zones are what counts last.
+        let kinds = [(Self::Zone, "zone"), (Self::Node, "node")];
+        let is_there = |kind: &Self| ready().any(|endpoint| kind.hint(endpoint, node).is_some());
+        let (kind, noun) = kinds.into_iter().find(|(kind, _)| is_there(kind))?;
+        let mut without = ready().filter(|endpoint| kind.hint(endpoint, node).is_none());
+        Some(match without.next() {
+            Some(first) => {
+                let (count, all) = (without.count() + 1, ready().count());
+                let verb = if count == 1 { "has" } else { "have" };
+                format!("{count} of {all} ready endpoints {verb} no {noun} hint: {}", first.address)
+            }
+            None if kind == Self::Zone && node.zone.is_none() => format!("the Node has no label {ZONE_LABEL}"),
+            None => format!("none is for {}", kind.target(node)),
+        })
     }
 
     /// What hints are about, for people.

@@ -99,7 +99,7 @@ impl Folder {
         }
         let changes = touched.into_iter().filter_map(|key| self.settle(key)).collect();
         self.forget_empty();
-        Update { changes, problems: self.problems(), skipped: self.skipped() }
+        Update { changes, problems: self.problems(), skipped: self.skipped(), ..Update::default() }
     }
 
     /// Files below a path, with their stamps. Follows links, but enters no folder twice.

@@ -1,6 +1,7 @@
 //! Where objects come from. Every source emits the same [`Update`]s, whatever it reads.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use anyhow::{Context as _, Result, bail};
 use k8s_openapi::api::core::v1::Node;
@@ -27,30 +28,48 @@ pub enum Source {
     Api(api::Options),
 }
 
-/// The updates of a source after the first, until it is dropped.
+/// The updates of a source, until it is dropped.
 #[derive(Debug)]
 pub struct Feed {
+    first: Option<Update>,
     updates: mpsc::Receiver<Update>,
     _watch: Option<Watch>,
 }
 
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Folder(folder) => write!(f, "manifests {}", folder.path().display()),
+            Self::Api(options) => options.access.fmt(f),
+        }
+    }
+}
+
 impl Source {
-    /// The first update, which holds all there is, and those to come. With the API it may take as long as the API server.
-    pub async fn open(self) -> Result<(Update, Feed)> {
-        let (sender, mut updates) = mpsc::channel(QUEUE);
+    /// The API server, where it is one: it may be out of reach.
+    #[must_use]
+    pub fn access(&self) -> Option<&api::Access> {
+        match self {
+            Self::Api(options) => Some(&options.access),
+            Self::Folder(_) => None,
+        }
+    }
+
+    /// The updates. The first that [is whole](Update::is_whole) is the first with objects; with the API it may take as long
+    /// as the API server.
+    pub fn open(self) -> Result<Feed> {
+        let (sender, updates) = mpsc::channel(QUEUE);
         match self {
             Self::Folder(mut folder) => {
                 if !folder.path().exists() {
                     bail!("{}: no such file or folder", folder.path().display());
                 }
-                let first = folder.scan();
-                let watch = folder::watch(folder, sender)?;
-                Ok((first, Feed { updates, _watch: Some(watch) }))
+                let first = Update { is_whole: true, ..folder.scan() };
+                Ok(Feed { first: Some(first), updates, _watch: Some(folder::watch(folder, sender)?) })
             }
             Self::Api(options) => {
                 tokio::spawn(api::watch(options, sender));
-                let first = updates.recv().await.context("the watch of the Kubernetes API ended")?;
-                Ok((first, Feed { updates, _watch: None }))
+                Ok(Feed { first: None, updates, _watch: None })
             }
         }
     }
@@ -59,7 +78,20 @@ impl Source {
 impl Feed {
     /// The next update.
     pub async fn next(&mut self) -> Result<Update> {
-        self.updates.recv().await.context("the source of objects ended")
+        match self.first.take() {
+            Some(first) => Ok(first),
+            None => self.updates.recv().await.context("the source of objects ended"),
+        }
+    }
+
+    /// The next update that holds all there is.
+    pub async fn next_whole(&mut self) -> Result<Update> {
+        loop {
+            let update = self.next().await?;
+            if update.is_whole {
+                return Ok(update);
+            }
+        }
     }
 }
 
@@ -95,6 +127,10 @@ impl Change {
 /// Changes that belong together, and the state of the source after them. One update makes at most one new table.
 #[derive(Clone, Debug, Default)]
 pub struct Update {
+    /// The changes apply all there is: what they do not name is gone.
+    pub is_whole: bool,
+    /// Changes of Services or EndpointSlices do not come in: what is held of them may be of the past.
+    pub is_behind: bool,
     /// Changes, in order.
     pub changes: Vec<Change>,
     /// Everything that is wrong with what the source reads, now.

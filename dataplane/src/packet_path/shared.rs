@@ -133,6 +133,11 @@ impl Shared {
         self.table.load_full()
     }
 
+    /// Packet threads.
+    pub fn workers(&self) -> usize {
+        self.settings.workers
+    }
+
     /// Every flow.
     pub fn flows(&self) -> impl Iterator<Item = FlowView> {
         self.flows.views(super::thread::now_ms())

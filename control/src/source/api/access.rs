@@ -1,5 +1,6 @@
 //! The API server to ask, and who we are to it.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -20,6 +21,15 @@ pub enum Access {
     Kubeconfig(PathBuf),
     /// In the environment and the service account of the Pod we are.
     InCluster,
+}
+
+impl fmt::Display for Access {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Kubeconfig(path) => write!(f, "API server of {}", path.display()),
+            Self::InCluster => f.write_str("API server of the Pod's cluster"),
+        }
+    }
 }
 
 impl Access {

@@ -82,6 +82,8 @@ impl Assembly {
                 // Services can be served without these two, and old roles do not allow them.
                 if failure.code == Some(403) && matches!(kind, Kind::Node | Kind::ServiceCIDR) {
                     self.answered.insert(kind);
+                    // Who may not see the Node waits for it in vain.
+                    self.goes_without_node |= kind == Kind::Node;
                 }
                 let problem = Problem::error("", failure.words(resource)).from(&Origin::Api);
                 self.problems.insert(kind, problem);
@@ -107,12 +109,10 @@ impl Assembly {
         self.goes_without_node = true;
     }
 
-    /// What differs from the last update. None before the first may be made, or when nothing differs.
+    /// What differs from the last update, when anything does. Until the first with objects may be made, only problems.
     pub(super) fn update(&mut self) -> Option<Update> {
-        if self.awaits() != Awaits::Nothing {
-            return None;
-        }
-        if !self.is_synced {
+        let is_whole = !self.is_synced && self.awaits() == Awaits::Nothing;
+        if is_whole {
             self.is_synced = true;
             let objects = self.held.values().flat_map(|held| held.values());
             self.changes = objects.map(|object| Change::Apply(object.clone(), Origin::Api)).collect();
@@ -120,8 +120,13 @@ impl Assembly {
             return None;
         }
         self.told = self.problems.clone();
-        let problems = self.problems.values().cloned().collect();
-        Some(Update { changes: std::mem::take(&mut self.changes), problems, skipped: BTreeMap::new() })
+        Some(Update {
+            is_whole,
+            is_behind: [Kind::Service, Kind::EndpointSlice].iter().any(|kind| self.problems.contains_key(kind)),
+            changes: std::mem::take(&mut self.changes),
+            problems: self.problems.values().cloned().collect(),
+            skipped: BTreeMap::new(),
+        })
     }
 
     fn has_node(&self) -> bool {
@@ -228,12 +233,15 @@ mod tests {
         assert!(take(&mut assembly, Kind::Service, What::Listed(vec![service("a", ""), service("b", "")])).is_none());
         assert!(take(&mut assembly, Kind::Service, What::Deleted(service("b", "").key())).is_none());
         assert!(take(&mut assembly, Kind::Node, What::Listed(vec![node(Some("10.9.9.9"))])).is_none());
-        assert!(take(&mut assembly, Kind::ServiceCIDR, failed(Some(500))).is_none());
-        assert!(take(&mut assembly, Kind::EndpointSlice, failed(Some(403))).is_none(), "nothing works without slices");
+        for (kind, code, is_behind) in [(Kind::ServiceCIDR, 500, false), (Kind::EndpointSlice, 403, true)] {
+            let update = take(&mut assembly, kind, failed(Some(code))).unwrap();
+            let told = (update.is_whole, update.is_behind, update.changes.len());
+            assert_eq!(told, (false, is_behind, 0), "nothing works without slices, and only that is told");
+        }
         assert!(take(&mut assembly, Kind::EndpointSlice, What::Listed(Vec::new())).is_none());
         assert_eq!(assembly.awaits(), Awaits::Lists);
         let first = take(&mut assembly, Kind::ServiceCIDR, failed(Some(403)));
-        assert!(first.as_ref().is_some_and(|first| first.problems.len() == 2), "{first:?}");
+        assert!(first.as_ref().is_some_and(|first| first.is_whole && first.problems.len() == 2), "{first:?}");
         assert_eq!(words(first), ["+a", "+me"]);
     }
 
@@ -255,15 +263,25 @@ mod tests {
     }
 
     #[test]
+    fn a_node_that_may_not_be_seen_is_not_waited_for() {
+        let mut assembly = Assembly::default();
+        for kind in [Kind::Service, Kind::EndpointSlice, Kind::ServiceCIDR] {
+            assert!(take(&mut assembly, kind, What::Listed(Vec::new())).is_none());
+        }
+        let first = take(&mut assembly, Kind::Node, failed(Some(403))).unwrap();
+        assert!(first.is_whole && !first.is_behind && first.problems.len() == 1, "{first:?}");
+    }
+
+    #[test]
     fn a_failure_is_a_problem_until_changes_come_in_again_and_costs_no_object() {
         let mut assembly = synced();
         let update = take(&mut assembly, Kind::Service, failed(None)).unwrap();
-        assert!(update.changes.is_empty());
+        assert!(update.changes.is_empty() && update.is_behind && !update.is_whole);
         assert_eq!(update.problems[0].to_string(), "the Kubernetes API: cannot list things: no");
         assert!(take(&mut assembly, Kind::Service, failed(None)).is_none(), "told once");
         let list = vec![service("a", "10.0.0.1"), service("b", "10.0.0.2")];
         assert!(take(&mut assembly, Kind::Service, What::Listed(list)).is_none(), "a list alone follows nothing");
-        assert!(take(&mut assembly, Kind::Service, What::Following).unwrap().problems.is_empty());
+        assert!(take(&mut assembly, Kind::Service, What::Following).is_some_and(|update| !update.is_behind));
         assert!(take(&mut assembly, Kind::ServiceCIDR, What::Unknown).is_none());
     }
 }

@@ -14,6 +14,7 @@ use super::assembly::{Event, What};
 use super::backoff::Backoff;
 use super::failure::Failure;
 use super::slim::Watched;
+use crate::admin::metrics;
 use crate::object::{Kind, Object};
 
 /// Objects of one page.
@@ -231,6 +232,7 @@ impl Follower {
 
     /// Draws what follows from a failure. Whether anybody listens.
     async fn fail(&mut self, failure: Failure) -> bool {
+        metrics::source_failed(self.query.resource, failure.verb, failure.code);
         match failure.code {
             // Compacted: what we know is older than what the server remembers. Nothing is wrong yet.
             Some(410) if self.version.take().is_some() => {

@@ -25,7 +25,10 @@ pub(super) trait Watched:
 
 impl Watched for Service {
     fn slim(mut self) -> Object {
+        // Events name it.
+        let uid = self.metadata.uid.take();
         slim(&mut self.metadata);
+        self.metadata.uid = uid;
         let load_balancer = self.status.take().and_then(|status| status.load_balancer);
         self.status = load_balancer.map(|it| ServiceStatus { load_balancer: Some(it), ..ServiceStatus::default() });
         Object::Service(Arc::new(self))
