@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, ensure};
 use clap::{Args, Parser, Subcommand};
 use sluice_bench::workload::{Plan, Workload, cores};
 
-use crate::compare::CompareArgs;
+use crate::compare::{CompareArgs, HopArgs};
 
 /// Load for data planes: connections, requests and bulk data against a target, and comparisons of peers.
 #[derive(Debug, Parser)]
@@ -29,6 +29,9 @@ pub(crate) enum Command {
     Serve(ServeArgs),
     /// Sluice, HAProxy, nginx and nftables rules side by side, as ratios to dialling the Pods directly (needs root).
     Compare(CompareArgs),
+    /// A peer of `compare`: the least that a hop through TUN can cost.
+    #[command(hide = true)]
+    Hop(HopArgs),
 }
 
 #[derive(Debug, Args)]

@@ -38,6 +38,7 @@ fn run(command: Command) -> Result<bool> {
             Ok(true)
         }
         Command::Compare(arguments) => compare::run(&arguments),
+        Command::Hop(arguments) => compare::hop(&arguments).map(|()| true),
     }
 }
 

@@ -11,6 +11,8 @@ use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sluice_dataplane::table::{Balancing, DrainTimeout};
 
+use crate::kube_proxy::{self, Wishes};
+
 const API_VERSION: &str = "sluice.dev/v1alpha1";
 const KIND: &str = "SluiceConfiguration";
 
@@ -63,6 +65,9 @@ pub struct Config {
     pub flow_table_size: usize,
     /// Leave host state and link at a clean stop as after a crash: a start soon after goes on with every flow.
     pub leave_on_stop: bool,
+    /// After handing over to another daemon wait for SIGTERM, instead of ending: for a supervisor that starts again whatever
+    /// ends, which would then take over in turn.
+    pub linger: bool,
     /// Where flows, drains and allocations are kept; best on a tmpfs.
     pub state_dir: PathBuf,
     /// Where metrics and the admin API listen.
@@ -94,6 +99,7 @@ impl Default for Config {
             workers: None,
             flow_table_size: 1_000_000,
             leave_on_stop: false,
+            linger: false,
             state_dir: PathBuf::from("/run/sluice"),
             admin: SocketAddr::from(([127, 0, 0, 1], 10249)),
             health: SocketAddr::from(([0, 0, 0, 0], 10256)),
@@ -102,11 +108,18 @@ impl Default for Config {
 }
 
 impl Config {
-    /// Reads a file. The error names the file, the key and its line.
-    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+    /// Reads a file: ours, kube-proxy's, or a ConfigMap with kube-proxy's; of the latter two also what they ask for besides.
+    /// The error names the file, the key and its line.
+    pub fn read(path: &Path) -> Result<(Self, Option<Wishes>), ConfigError> {
         let fail = |reason: String| ConfigError { path: path.to_owned(), reason };
         let text = std::fs::read_to_string(path).map_err(|error| fail(error.to_string()))?;
-        Self::parse(&text).map_err(fail)
+        let foreign = |(config, wishes)| (config, Some(wishes));
+        let config = match kind(&text).as_deref() {
+            Some(kube_proxy::read::KIND) => kube_proxy::read(&text).map(foreign),
+            Some("ConfigMap") => kube_proxy::read::read_config_map(&text).map(foreign),
+            _ => Self::parse(&text).map(|config| (config, None)),
+        };
+        config.map_err(fail)
     }
 
     fn parse(text: &str) -> Result<Self, String> {
@@ -159,6 +172,15 @@ impl Config {
         };
         self.service_cidrs.clone().unwrap_or_else(default)
     }
+}
+
+/// The `kind` of a document, whatever else it holds.
+pub(crate) fn kind(text: &str) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Head {
+        kind: Option<String>,
+    }
+    serde_saphyr::from_str::<Head>(text).ok()?.kind
 }
 
 /// What becomes of the flows of endpoints that leave.
@@ -344,7 +366,7 @@ mod tests {
         let text = "apiVersion: sluice.dev/v1alpha1\nkind: SluiceConfiguration\nnodeName: n\nclusterCIDRs: [10.0.0.0/8]\n\
             serviceCIDRs: [10.96.0.0/16]\nlocalControllers: false\nprune: true\nnodePortAddresses: [primary, 10.0.0.0/8]\n\
             nodePortRange: 30000-30100\nmasqueradePorts: 61000-62000\nmasqueradeAll: true\nserviceProxyName: x\n\
-            balancing: round-robin\ndrain: {timeout: never}\nretry: false\nslowStart: 5s\nejectAfter: 3\nworkers: 2\nflowTableSize: 10\nleaveOnStop: true\nstateDir: /tmp/x\nadmin: 127.0.0.1:1\nhealth: '[::]:2'\n";
+            balancing: round-robin\ndrain: {timeout: never}\nretry: false\nslowStart: 5s\nejectAfter: 3\nworkers: 2\nflowTableSize: 10\nleaveOnStop: true\nlinger: true\nstateDir: /tmp/x\nadmin: 127.0.0.1:1\nhealth: '[::]:2'\n";
         let config = Config::parse(text).unwrap();
         assert_eq!(config.node_port_addresses.len(), 2);
         assert_eq!(config.node_port_range, PortRange::new(30000, 30100));

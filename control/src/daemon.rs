@@ -12,7 +12,7 @@ use sluice_dataplane::flow::{FlowFile, Found};
 use sluice_dataplane::net::Family;
 use sluice_dataplane::packet_path::{PacketPath, Settings, Shared, Tun};
 use sluice_dataplane::table::RoutingTable;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::config::Config;
 use crate::drains::Drains;
@@ -60,11 +60,12 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
     lives::forget(&state);
     let path = PacketPath::start(tun, Arc::clone(&shared)).context("cannot start the packet threads")?;
     // The daemon that handed over reads no packet any more: ours need not wait until it has ended, but the host must.
-    let _namespace = match standing {
+    let namespace = match standing {
         Standing::Alone(held) => held,
         Standing::TakingOver => lock::succeed().await?,
     };
     state.report();
+    let mut signals = Signals::new()?;
     let mut daemon = Daemon {
         state,
         host,
@@ -76,7 +77,7 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
         saving: saved.map(|saved| Saving::new(saved, as_of.is_none())),
     };
     let served = match daemon.set_up_host().await {
-        Ok(()) => daemon.serve(feed, &path).await,
+        Ok(()) => daemon.serve(feed, &path, &mut signals).await,
         Err(error) => Err(error),
     };
     let _ = sd_notify::notify(&[NotifyState::Stopping]);
@@ -85,6 +86,11 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
             saving.let_go().await;
         }
         tracing::info!("another daemon took over");
+        if daemon.state.config.linger {
+            // The other one waits for these.
+            drop((path, namespace, daemon));
+            signals.received().await;
+        }
         return Ok(());
     }
     if let Some(saving) = &mut daemon.saving {
@@ -100,6 +106,26 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
     removed?;
     tracing::info!("stopped; nothing of ours is left on the host");
     Ok(())
+}
+
+/// What ends the daemon.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    /// Waits for one.
+    async fn received(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
 }
 
 /// The publisher, with what an earlier process left for it.
@@ -204,6 +230,26 @@ fn masquerade_addresses(config: &Config, first: &Update, interfaces: &[IpAddr]) 
     Ok(addresses)
 }
 
+/// Tells systemd, where it wants to know, that this loop turns and the packet path runs.
+struct Watchdog {
+    interval: Option<Duration>,
+    last: Instant,
+}
+
+impl Watchdog {
+    fn new() -> Self {
+        // Twice as often as is asked for.
+        Self { interval: sd_notify::watchdog_enabled().map(|interval| interval / 2), last: Instant::now() }
+    }
+
+    fn ping(&mut self) {
+        if self.interval.is_some_and(|interval| self.last.elapsed() >= interval) {
+            let _ = sd_notify::notify(&[NotifyState::Watchdog]);
+            self.last = Instant::now();
+        }
+    }
+}
+
 struct Daemon {
     state: Arc<State>,
     host: Host,
@@ -226,23 +272,29 @@ impl Daemon {
         Ok(())
     }
 
-    async fn serve(&mut self, mut feed: Feed, path: &PacketPath) -> Result<()> {
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let _servers = admin::serve(&self.state)?;
+    async fn serve(&mut self, feed: Feed, path: &PacketPath, signals: &mut Signals) -> Result<()> {
+        let mut servers = admin::serve(&self.state)?;
         let _ = sd_notify::notify(&[NotifyState::Ready]);
         let table = self.state.shared.table();
         tracing::info!(frontends = table.len(), admin = %self.state.config.admin, "serving");
         let started = format!("{} began at {}", env!("CARGO_PKG_VERSION"), self.state.started);
         self.tell_of_node("Starting", started, false);
+        let served = self.work(feed, path, signals).await;
+        // A daemon that takes over wants their ports.
+        servers.shutdown().await;
+        served
+    }
+
+    /// Takes in updates and looks after host and packet path, until a signal comes or another daemon takes over.
+    async fn work(&mut self, mut feed: Feed, path: &PacketPath, signals: &mut Signals) -> Result<()> {
         let mut look = tokio::time::interval(LOOK_INTERVAL);
         let mut unreported = false;
         let mut save = tokio::time::interval(saving::INTERVAL);
+        let mut watchdog = Watchdog::new();
         let mut watch_path = tokio::time::interval(PATH_INTERVAL);
         loop {
             tokio::select! {
-                _ = terminate.recv() => return Ok(()),
-                _ = interrupt.recv() => return Ok(()),
+                () = signals.received() => return Ok(()),
                 update = feed.next() => {
                     self.update(update?).await?;
                     unreported = true;
@@ -261,6 +313,7 @@ impl Daemon {
                         bail!("the link {LINK} was taken away");
                     }
                     lives::tell(&self.state);
+                    watchdog.ping();
                 }
                 _ = look.tick() => self.look().await?,
                 _ = save.tick() => {

@@ -1,4 +1,4 @@
-//! What the first table is made of: all that the source has, or what an earlier process had.
+//! What the first table is made of: what the source has, or what an earlier process had, until the source has told all.
 
 use std::path::Path;
 use std::time::Duration;
@@ -11,25 +11,29 @@ use crate::host::lock::{self, Standing};
 use crate::saved::{Earlier, Saved};
 use crate::source::{Feed, Update};
 
-/// How often to look whether the process to take over from is still there.
+/// How often it is looked whether the other daemon is still there.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Where the objects in force are kept.
-pub fn saved(config: &Config) -> Result<Saved> {
+pub(crate) fn saved(config: &Config) -> Result<Saved> {
     let owner = format!("{} {}", lock::namespace_identity()?, config.node_name());
     Ok(Saved::new(&config.state_dir, &owner))
 }
 
 /// What the first table is made of.
-pub struct First {
-    /// All there is.
-    pub update: Update,
+pub(crate) struct First {
+    pub(crate) update: Update,
     /// When it was true, where it is an earlier process's and not the source's.
-    pub as_of: Option<Timestamp>,
+    pub(crate) as_of: Option<Timestamp>,
 }
 
 /// All that the source has; or, where that is not there yet and nobody else serves, what an earlier process had.
-pub async fn first(feed: &mut Feed, saved: Option<&Saved>, standing: &Standing, state_dir: &Path) -> Result<First> {
+pub(crate) async fn first(
+    feed: &mut Feed,
+    saved: Option<&Saved>,
+    standing: &Standing,
+    state_dir: &Path,
+) -> Result<First> {
     let earlier = || match saved.map(Saved::read) {
         Some(Ok(earlier)) => earlier,
         Some(Err(reason)) => {

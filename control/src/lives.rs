@@ -1,6 +1,6 @@
 //! What endpoints live through, told in the log and in metrics.
 
-use ahash::AHashMap;
+use ahash::{AHashMap, AHashSet};
 use sluice_dataplane::table::{EndpointName, EndpointSlot, LifeChange, LifeEvent};
 
 use crate::admin::metrics;
@@ -12,9 +12,11 @@ pub fn tell(state: &State) {
     if events.is_empty() {
         return;
     }
+    let wanted: AHashSet<EndpointSlot> = events.iter().map(|event| event.slot).collect();
     let names: AHashMap<EndpointSlot, EndpointName> = {
         let publisher = state.publisher();
-        publisher.builder().endpoints().map(|(name, slot)| (slot, name.clone())).collect()
+        let meant = publisher.builder().endpoints().filter(|(_, slot)| wanted.contains(slot));
+        meant.map(|(name, slot)| (slot, name.clone())).collect()
     };
     for event in events {
         if let Some(name) = names.get(&event.slot) {

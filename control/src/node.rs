@@ -64,17 +64,19 @@ impl NodeFacts {
         }
     }
 
-    /// What the table must know. `service_cidrs`: all ranges in force.
+    /// What the table must know. `service_cidrs`: all ranges in force; beside another service proxy they are not ours alone.
     #[must_use]
     pub fn spec(&self, config: &Config, service_cidrs: Vec<IpNet>) -> NodeSpec {
         let node_port_addresses = Family::BOTH.into_iter().flat_map(|family| self.node_port_addresses(config, family));
+        let beside = !config.service_proxy_name.is_empty();
         NodeSpec {
             addresses: self.addresses.clone(),
             node_port_addresses: node_port_addresses.collect(),
             node_port_loopback: node_port_loopback(config),
             cluster_cidrs: config.cluster_cidrs.clone().unwrap_or_else(|| self.pod_cidrs.clone()),
-            service_cidrs,
+            service_cidrs: if beside { Vec::new() } else { service_cidrs },
             masquerade_all: config.masquerade_all,
+            beside,
         }
     }
 

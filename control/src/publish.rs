@@ -89,9 +89,9 @@ impl Publisher {
     /// Takes in the first update: all there is. The first table, whatever it holds.
     /// `flows`: where those of an earlier process go.
     pub fn first(&mut self, update: Update, flows: impl Iterator<Item = (IpAddr, EndpointSlot)>) -> Arc<RoutingTable> {
+        self.builder.inherit(flows);
         self.update(update);
         self.builder.synced();
-        self.builder.inherit(flows);
         self.builder.build()
     }
 

@@ -7,7 +7,7 @@ use std::io;
 use std::ops::Deref;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
 
 use memmap2::{MmapOptions, MmapRaw};
 
@@ -20,6 +20,8 @@ pub(crate) unsafe trait Plain: Send + Sync + 'static {}
 
 // SAFETY: an atomic integer.
 unsafe impl Plain for AtomicU32 {}
+// SAFETY: an atomic integer.
+unsafe impl Plain for AtomicU64 {}
 // SAFETY: only atomic integers.
 unsafe impl Plain for crate::flow::Record {}
 // SAFETY: only atomic integers.

@@ -39,6 +39,7 @@ pub struct Cluster {
     folder: tempfile::TempDir,
     daemon: Option<Child>,
     arguments: Vec<String>,
+    environment: Vec<(String, PathBuf)>,
     kubeconfig: Option<PathBuf>,
 }
 
@@ -49,8 +50,15 @@ impl Cluster {
         fs::create_dir(folder.path().join("manifests"))?;
         fs::write(folder.path().join("config.yaml"), "localControllers: false\n")?;
         let topology = Topology::new(TopologyConfig::default())?;
-        let cluster =
-            Self { topology, pods: Vec::new(), folder, daemon: None, arguments: Vec::new(), kubeconfig: None };
+        let cluster = Self {
+            topology,
+            pods: Vec::new(),
+            folder,
+            daemon: None,
+            arguments: Vec::new(),
+            environment: Vec::new(),
+            kubeconfig: None,
+        };
         let addresses: Vec<IpAddr> = cluster.topology.config.node.iter().map(ipnet::IpNet::addr).collect();
         cluster.write("node.json", &[manifests::node(&addresses)])?;
         Ok(cluster)
@@ -70,6 +78,11 @@ impl Cluster {
     /// Flags that every later start of the daemon gets too.
     pub fn arguments(&mut self, arguments: &[&str]) {
         self.arguments = arguments.iter().map(|text| (*text).to_owned()).collect();
+    }
+
+    /// A variable that every later start of the daemon has in its environment.
+    pub fn environment(&mut self, name: &str, value: &std::path::Path) {
+        self.environment.push((name.to_owned(), value.into()));
     }
 
     /// Every later start of the daemon watches an API server instead of the folder.
@@ -129,7 +142,7 @@ impl Cluster {
     #[must_use]
     pub fn run_command(&self, state: &str) -> Command {
         let mut command = self.topology.node.command(sluice_binary());
-        command.arg("run");
+        command.arg("run").envs(self.environment.iter().cloned());
         match &self.kubeconfig {
             Some(kubeconfig) => command.arg("--kubeconfig").arg(kubeconfig),
             None => command.arg("--manifests").arg(self.manifests()),
@@ -196,6 +209,21 @@ impl Cluster {
         };
         self.wait_until_served()?;
         Ok(status.code())
+    }
+
+    /// Starts another daemon beside the one that runs, which is not to end by itself, and waits until it has taken over.
+    /// Returns the old one.
+    pub fn take_over_from_lingering(&mut self) -> Result<Child> {
+        let old = self.daemon.take().context("no daemon runs")?;
+        let served = self.log().matches("serving ").count();
+        self.daemon = Some(self.spawn()?);
+        let deadline = Instant::now() + SOON;
+        while self.log().matches("serving ").count() == served {
+            ensure!(Instant::now() < deadline, "no take-over\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        self.wait_until_served()?;
+        Ok(old)
     }
 
     /// Ends the daemon with this signal and returns its exit code.
@@ -270,6 +298,13 @@ impl Cluster {
     /// Runs `sluice` with these arguments in the node's namespace and returns what it prints.
     pub fn sluice(&self, arguments: &[&str]) -> Result<String> {
         self.output(sluice_binary(), arguments)
+    }
+
+    /// Runs `sluice` with these arguments in the node's namespace: its exit code, and all that it prints.
+    pub fn sluice_exit(&self, arguments: &[&str]) -> Result<(Option<i32>, String)> {
+        let output = self.topology.node.command(sluice_binary()).args(arguments).output()?;
+        let text = [output.stdout, output.stderr].concat();
+        Ok((output.status.code(), String::from_utf8_lossy(&text).into_owned()))
     }
 
     /// Runs a program in the node's namespace and returns what it prints.

@@ -25,17 +25,12 @@ pub struct ControlPlane {
 /// Whether the programs are there; with `SLUICE_KUBE_BUILD=1` they are built. When not, says on stderr what is left untested.
 #[must_use]
 pub fn can_run(what: &str) -> bool {
-    let version = std::env::var("SLUICE_KUBE_VERSION").unwrap_or_else(|_| "1.37.2".to_owned());
-    let folder = std::env::var("SLUICE_KUBE").map_or_else(
-        |_| PathBuf::from(std::env::var("HOME").unwrap_or_default()).join(".cache/sluice-kube"),
-        PathBuf::from,
-    );
     if std::env::var("SLUICE_KUBE_BUILD").is_ok_and(|value| value == "1") {
         let built = Command::new(script("build")).stdout(Stdio::null()).status();
         assert!(built.as_ref().is_ok_and(std::process::ExitStatus::success), "scripts/kube/build: {built:?}");
     }
     let tools = ["etcd", "curl", "openssl"].map(|tool| Command::new(tool).arg("--version").output().is_ok());
-    let is_built = |program: &str| folder.join(&version).join(program).exists();
+    let is_built = |program: &str| folder().join(program).exists();
     let is_there = is_built("kube-apiserver") && is_built("kube-controller-manager") && tools == [true; 3];
     if !is_there {
         eprintln!(
@@ -43,6 +38,17 @@ pub fn can_run(what: &str) -> bool {
         );
     }
     is_there
+}
+
+/// Where the programs are.
+#[must_use]
+pub fn folder() -> PathBuf {
+    let version = std::env::var("SLUICE_KUBE_VERSION").unwrap_or_else(|_| "1.37.2".to_owned());
+    let folder = std::env::var("SLUICE_KUBE").map_or_else(
+        |_| PathBuf::from(std::env::var("HOME").unwrap_or_default()).join(".cache/sluice-kube"),
+        PathBuf::from,
+    );
+    folder.join(version)
 }
 
 fn script(name: &str) -> PathBuf {

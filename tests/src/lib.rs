@@ -5,13 +5,15 @@ pub mod cluster;
 pub mod control_plane;
 pub mod fake_api;
 pub mod http;
+pub mod kube_proxy;
 pub mod lab;
 pub mod manifests;
 pub mod naive;
 pub mod probe;
 pub mod relay;
 pub mod sctp;
-pub mod web;
+pub mod stage;
+pub mod talk;
 
 use std::path::PathBuf;
 

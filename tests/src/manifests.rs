@@ -42,24 +42,75 @@ pub fn service(name: &str, host: u8) -> Value {
     })
 }
 
+/// What a slice says of an endpoint.
+#[derive(Clone, Debug)]
+pub struct Endpoint {
+    /// Name of its Pod.
+    pub pod: String,
+    /// uid of its Pod, when the slice tells it.
+    pub uid: Option<String>,
+    /// Its addresses, of one or both families.
+    pub addresses: Vec<IpAddr>,
+    /// `ready`.
+    pub ready: bool,
+    /// `serving`.
+    pub serving: bool,
+    /// `terminating`.
+    pub terminating: bool,
+}
+
+impl Endpoint {
+    /// One that is ready.
+    #[must_use]
+    pub fn ready(pod: &str, addresses: &[IpAddr]) -> Self {
+        let addresses = addresses.to_vec();
+        Self { pod: pod.to_owned(), uid: None, addresses, ready: true, serving: true, terminating: false }
+    }
+
+    /// The same, terminating; it still serves.
+    #[must_use]
+    pub fn terminating(self) -> Self {
+        Self { ready: false, terminating: true, ..self }
+    }
+
+    /// The same as the Pod with this uid.
+    #[must_use]
+    pub fn with_uid(self, uid: &str) -> Self {
+        Self { uid: Some(uid.to_owned()), ..self }
+    }
+
+    fn json(&self, address: &IpAddr) -> Value {
+        let mut reference = json!({"kind": "Pod", "namespace": "default", "name": self.pod});
+        if let Some(uid) = &self.uid {
+            reference["uid"] = json!(uid);
+        }
+        json!({
+            "addresses": [address.to_string()],
+            "conditions": {"ready": self.ready, "serving": self.serving, "terminating": self.terminating},
+            "nodeName": NODE,
+            "targetRef": reference,
+        })
+    }
+}
+
 /// The EndpointSlices of a Service: one for each family that `pods` has, every endpoint ready and on [`NODE`].
 #[must_use]
 pub fn slices(service: &str, pods: &[(String, Vec<IpAddr>)]) -> Vec<Value> {
+    let endpoints: Vec<Endpoint> = pods.iter().map(|(pod, addresses)| Endpoint::ready(pod, addresses)).collect();
+    slices_of(service, &endpoints)
+}
+
+/// The EndpointSlices of a Service with these endpoints, all on [`NODE`].
+#[must_use]
+pub fn slices_of(service: &str, endpoints: &[Endpoint]) -> Vec<Value> {
     [("IPv4", true), ("IPv6", false)]
         .into_iter()
         .map(|(family, is_v4)| {
-            let endpoints: Vec<Value> = pods
+            let endpoints: Vec<Value> = endpoints
                 .iter()
-                .flat_map(|(pod, addresses)| addresses.iter().map(move |address| (pod, address)))
+                .flat_map(|endpoint| endpoint.addresses.iter().map(move |address| (endpoint, address)))
                 .filter(|(_, address)| address.is_ipv4() == is_v4)
-                .map(|(pod, address)| {
-                    json!({
-                        "addresses": [address.to_string()],
-                        "conditions": {"ready": true, "serving": true, "terminating": false},
-                        "nodeName": NODE,
-                        "targetRef": {"kind": "Pod", "namespace": "default", "name": pod},
-                    })
-                })
+                .map(|(endpoint, address)| endpoint.json(address))
                 .collect();
             json!({
                 "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": family,

@@ -40,6 +40,41 @@ fn a_clean_stop_leaves_the_host_as_it_was_and_a_crash_is_repaired() {
 }
 
 #[test]
+fn what_somebody_else_takes_away_is_put_back_and_counted() {
+    if !can_run_in_namespaces("repairs of the host") {
+        return;
+    }
+    let mut cluster = Cluster::with_web(1).unwrap();
+    let repairs = |what: &str| cluster.metric(&format!("sluice_host_repairs_total{{object=\"{what}\"}}")).unwrap();
+    let during = cluster.host_state().unwrap();
+    for (done, command) in [
+        "delete table inet sluice",
+        "flush chain inet sluice marked",
+        "add chain inet sluice more",
+        "flush set inet sluice reserved_ports",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        assert_eq!(repairs("nftables table"), done as f64, "before {command}");
+        cluster.output("nft", &[command]).unwrap();
+        let deadline = std::time::Instant::now() + SOON;
+        while repairs("nftables table") <= done as f64 {
+            assert!(std::time::Instant::now() < deadline, "{command}: {}", cluster.log());
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        assert_eq!(masked(&cluster.host_state().unwrap()), masked(&during), "{command}");
+        assert!(answers(&cluster));
+    }
+    assert!(cluster.log().contains("put right what somebody else changed"));
+    // What it noted there, the daemon knows without it.
+    cluster.output("nft", &["delete table inet sluice"]).unwrap();
+    assert_eq!(cluster.stop(Signal::SIGTERM).unwrap(), Some(0), "{}", cluster.log());
+    let path = "/proc/sys/net/ipv4/ip_local_reserved_ports";
+    assert_eq!(cluster.topology.node.run(|| Ok(std::fs::read_to_string(path)?)).unwrap().trim(), "");
+}
+
+#[test]
 fn an_address_that_goes_loses_its_route() {
     if !can_run_in_namespaces("routes of addresses that come and go") {
         return;
@@ -107,6 +142,51 @@ fn a_second_daemon_is_refused_unless_it_takes_over() {
     assert_eq!(connection.get("/").unwrap(), "web-1");
     assert!(answers(&cluster));
     assert_eq!(cluster.stop(Signal::SIGTERM).unwrap(), Some(0), "{}", cluster.log());
+}
+
+#[test]
+fn a_daemon_that_lingers_ends_when_told_and_harms_nothing() {
+    if !can_run_in_namespaces("--linger") {
+        return;
+    }
+    let mut cluster = Cluster::new().unwrap();
+    cluster.add_pod(1).unwrap();
+    cluster.publish_web(0..1).unwrap();
+    cluster.arguments(&["--linger"]);
+    cluster.start().unwrap();
+    let mut old = cluster.take_over_from_lingering().unwrap();
+    assert!(answers(&cluster));
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    assert_eq!(old.try_wait().unwrap(), None, "it waits\n{}", cluster.log());
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(old.id() as i32), Signal::SIGTERM).unwrap();
+    assert_eq!(old.wait().unwrap().code(), Some(0), "{}", cluster.log());
+    assert!(answers(&cluster), "the host's set-up is the newer one's");
+    assert_eq!(cluster.stop(Signal::SIGTERM).unwrap(), Some(0), "{}", cluster.log());
+}
+
+/// What systemd is told by a unit of `Type=notify`.
+#[test]
+fn a_supervisor_is_told_when_it_serves_and_when_it_stops() {
+    if !can_run_in_namespaces("sd_notify") {
+        return;
+    }
+    let mut cluster = Cluster::new().unwrap();
+    cluster.add_pod(1).unwrap();
+    cluster.publish_web(0..1).unwrap();
+    let path = cluster.manifests().with_file_name("notify");
+    let socket = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    socket.set_read_timeout(Some(SOON)).unwrap();
+    let told = || {
+        let mut text = [0; 512];
+        let length = socket.recv(&mut text).expect("something is told in time");
+        String::from_utf8_lossy(&text[..length]).into_owned()
+    };
+    cluster.environment("NOTIFY_SOCKET", &path);
+    cluster.start().unwrap();
+    assert!(told().contains("READY=1"));
+    assert!(answers(&cluster), "it serves, and does not only run");
+    assert_eq!(cluster.stop(Signal::SIGTERM).unwrap(), Some(0));
+    assert!(told().contains("STOPPING=1"));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! How do peers compare: all of them in one run, interleaved round by round, as ratios to dialling the Pods directly.
 
 mod chart;
+mod hop;
 mod html;
 mod lab;
 mod nft;
@@ -21,6 +22,7 @@ use sluice_bench::workload::{self, Cpu, Plan, Workload, cores};
 
 use crate::cli::parse_duration;
 use crate::progress::{Line, micros, number};
+pub(crate) use hop::{HopArgs, run as hop};
 use peer::{Peer, Running};
 use report::{Report, Round, Section, Table};
 
@@ -41,8 +43,8 @@ impl std::error::Error for Lacking {}
 
 #[derive(Debug, Args)]
 pub(crate) struct CompareArgs {
-    /// Who is compared: direct, sluice, sluice-WORKERS, haproxy, nginx, nft.
-    #[arg(long, value_delimiter = ',', default_value = "sluice-1,sluice-2,haproxy,nginx,nft")]
+    /// Who is compared: direct, sluice, sluice-WORKERS, haproxy, nginx, nft, hop (the least that a hop through TUN costs).
+    #[arg(long, value_delimiter = ',', default_value = "sluice-1,sluice-2,hop,haproxy,nginx,nft")]
     peers: Vec<Peer>,
     /// How often all are measured.
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=1000))]

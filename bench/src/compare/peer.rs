@@ -16,7 +16,7 @@ use serde::{Serialize, Serializer};
 use sluice_bench::workload;
 
 use super::lab::Lab;
-use super::{Mode, nft, proxy, sluice};
+use super::{Mode, hop, nft, proxy, sluice};
 
 /// Bound on starting and on stopping.
 const SOON: Duration = Duration::from_secs(15);
@@ -36,6 +36,8 @@ pub(crate) enum Peer {
     Nginx,
     /// The rules that kube-proxy's nftables mode renders.
     Nft,
+    /// The least that a hop through TUN can cost.
+    Hop,
 }
 
 impl fmt::Display for Peer {
@@ -47,6 +49,7 @@ impl fmt::Display for Peer {
             Self::Haproxy => f.write_str("haproxy"),
             Self::Nginx => f.write_str("nginx"),
             Self::Nft => f.write_str("nft"),
+            Self::Hop => f.write_str("hop"),
         }
     }
 }
@@ -61,9 +64,10 @@ impl FromStr for Peer {
             "haproxy" => Ok(Self::Haproxy),
             "nginx" => Ok(Self::Nginx),
             "nft" => Ok(Self::Nft),
+            "hop" => Ok(Self::Hop),
             _ => match text.strip_prefix("sluice-").map(str::parse) {
                 Some(Ok(workers @ 1..=64)) => Ok(Self::Sluice(Some(workers))),
-                _ => Err("use direct, sluice, sluice-WORKERS, haproxy, nginx or nft".to_owned()),
+                _ => Err("use direct, sluice, sluice-WORKERS, haproxy, nginx, nft or hop".to_owned()),
             },
         }
     }
@@ -105,10 +109,11 @@ pub(super) fn start(peer: Peer, mode: Mode, pods: u8, sluice: &Path) -> Result<R
         Peer::Haproxy => proxy::haproxy(&lab, folder.path())?,
         Peer::Nginx => proxy::nginx(&lab, folder.path())?,
         Peer::Nft => nft::load(&lab)?,
+        Peer::Hop => hop::prepare(&lab, mode)?,
     };
     let targets = match peer {
         Peer::Direct => lab.endpoints(),
-        Peer::Sluice(_) | Peer::Nft => vec![lab.service(mode)],
+        Peer::Sluice(_) | Peer::Nft | Peer::Hop => vec![lab.service(mode)],
         Peer::Haproxy | Peer::Nginx => vec![lab.node_port()],
     };
     let process = match started {

@@ -15,10 +15,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use anyhow::Result;
-use axum::extract::{Query, State as Extract};
+use axum::extract::{ConnectInfo, Query, Request, State as Extract};
 use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
-use axum::response::IntoResponse;
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use sluice_dataplane::net::Family;
@@ -48,6 +49,10 @@ pub fn serve(state: &Arc<State>) -> Result<JoinSet<std::io::Result<()>>> {
         .route("/healthz", get(health::healthz))
         .route("/livez", get(health::livez))
         .with_state(Arc::clone(state));
+    let changes = Router::new()
+        .route("/api/v1/drain", post(drain::drain))
+        .route("/api/v1/undrain", post(drain::undrain))
+        .route_layer(from_fn_with_state(Arc::clone(state), only_from_here));
     let admin = Router::new()
         .route("/metrics", get(render_metrics))
         .route("/api/v1/services", get(|Extract(state): Extract<Arc<State>>| list(state, views::services)))
@@ -55,20 +60,20 @@ pub fn serve(state: &Arc<State>) -> Result<JoinSet<std::io::Result<()>>> {
         .route("/api/v1/frontends", get(|Extract(state): Extract<Arc<State>>| list(state, views::frontends)))
         .route("/api/v1/flows", get(|Extract(state): Extract<Arc<State>>| list(state, views::flows)))
         .route("/api/v1/trace", get(trace))
-        .route("/api/v1/drain", post(drain::drain))
-        .route("/api/v1/undrain", post(drain::undrain))
         .route("/api/v1/problems", get(|Extract(state): Extract<Arc<State>>| list(state, views::problems)))
         .route("/api/v1/status", get(status::status))
         .route("/proxyMode", get(pages::PROXY_MODE))
         .route("/configz", get(pages::configz))
         .route("/flagz", get(pages::flagz))
         .route("/statusz", get(pages::statusz))
+        .merge(changes)
         .with_state(Arc::clone(state))
         .merge(health.clone());
     let mut servers = JoinSet::new();
     for (address, router, flag) in [(state.config.admin, admin, "--admin"), (state.config.health, health, "--health")] {
         let listener = listen(address, flag)?;
-        servers.spawn(async move { axum::serve(listener, router).await });
+        let service = router.into_make_service_with_connect_info::<SocketAddr>();
+        servers.spawn(async move { axum::serve(listener, service).await });
     }
     Ok(servers)
 }
@@ -89,6 +94,21 @@ fn listen(address: SocketAddr, flag: &str) -> Result<TcpListener> {
         TcpListener::from_std(socket.into())
     };
     bind().map_err(|error| Lacking(format!("cannot listen on {address}: {error}: choose another with {flag}")).into())
+}
+
+/// Metrics may be asked for from anywhere; what changes something comes from this node.
+async fn only_from_here(
+    Extract(state): Extract<Arc<State>>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let peer = peer.ip().to_canonical();
+    if peer.is_loopback() || state.shared.table().node().is_local(peer) {
+        next.run(request).await
+    } else {
+        (StatusCode::FORBIDDEN, "only from the node itself\n").into_response()
+    }
 }
 
 async fn render_metrics(Extract(state): Extract<Arc<State>>) -> impl IntoResponse {

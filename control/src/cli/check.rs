@@ -7,9 +7,8 @@ use std::process::ExitCode;
 
 use clap::ValueEnum;
 
-use super::offline;
 use super::report::{PortReport, Report, ServiceReport};
-use crate::config::Config;
+use super::{offline, read_config};
 use crate::problem::{Origin, Problem, Severity};
 use crate::source::api::Access;
 
@@ -50,7 +49,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         eprintln!("sluice check: {}: {error}", path.display());
         return Ok(ExitCode::from(if is_missing { 2 } else { 3 }));
     }
-    let mut config = match args.config.as_deref().map(Config::read).unwrap_or_else(|| Ok(Config::default())) {
+    let mut config = match read_config(args.config.as_deref()) {
         Ok(config) => config,
         Err(error) => {
             eprintln!("sluice check: {error}");

@@ -1,12 +1,13 @@
 //! The command line: one file a command, and what every command's failure means to a script.
 
 use std::io::Write as _;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{CommandFactory as _, Parser, Subcommand};
 
-use crate::config::ConfigError;
+use crate::config::{Config, ConfigError};
 use crate::host::Lacking;
 
 pub mod check;
@@ -60,6 +61,12 @@ enum Command {
     Cleanup(cleanup::Args),
     /// Print the version
     Version,
+    /// Print the manual page
+    Man {
+        /// Write this page and one for each command to a folder instead
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+    },
     /// Print shell completions
     Completions {
         /// Shell to complete for
@@ -81,6 +88,7 @@ pub fn main() -> ExitCode {
         Command::Undrain(args) => drain::undrain(args),
         Command::Cleanup(args) => cleanup::run(args),
         Command::Version => print(concat!("sluice ", env!("CARGO_PKG_VERSION"), "\n")).map(|()| ExitCode::SUCCESS),
+        Command::Man { dir } => man(dir.as_deref()).map(|()| ExitCode::SUCCESS),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "sluice", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)
@@ -90,6 +98,16 @@ pub fn main() -> ExitCode {
         eprintln!("sluice: {error:#}");
         ExitCode::from(exit_code(&error))
     })
+}
+
+fn man(dir: Option<&Path>) -> anyhow::Result<()> {
+    if let Some(dir) = dir {
+        std::fs::create_dir_all(dir)?;
+        return clap_mangen::generate_to(Cli::command(), dir).with_context(|| dir.display().to_string());
+    }
+    let mut page = Vec::new();
+    clap_mangen::Man::new(Cli::command()).render(&mut page)?;
+    print(&String::from_utf8_lossy(&page))
 }
 
 /// What a failure means: usage for a bad configuration, 3 where the environment is at fault.
@@ -103,10 +121,35 @@ fn exit_code(error: &anyhow::Error) -> u8 {
     }
 }
 
+/// The configuration of a file, or the default one. Says on standard error what of kube-proxy's is ignored.
+pub(crate) fn read_config(path: Option<&Path>) -> Result<Config, ConfigError> {
+    let Some(path) = path else { return Ok(Config::default()) };
+    let (config, wishes) = Config::read(path)?;
+    if let Some(warning) = wishes.and_then(|wishes| wishes.warning) {
+        eprintln!("sluice: {warning}");
+    }
+    Ok(config)
+}
+
 /// Writes to standard output. That nobody reads any more (`sluice get flows | head`) is no failure.
 pub(crate) fn print(text: &str) -> anyhow::Result<()> {
     match std::io::stdout().lock().write_all(text.as_bytes()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error).context("cannot write"),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_command_has_a_manual_page() {
+        Cli::command().debug_assert();
+        let dir = tempfile::tempdir().unwrap();
+        man(Some(dir.path())).unwrap();
+        let run = std::fs::read_to_string(dir.path().join("sluice-run.1")).unwrap();
+        assert!(run.contains("kubeconfig") && !run.contains("iptables"), "kube-proxy's flags are hidden: {run}");
+        assert!(dir.path().join("sluice.1").exists() && dir.path().join("sluice-cleanup.1").exists());
     }
 }

@@ -16,6 +16,7 @@ use super::{WRONG, check, print};
 use crate::config::{Config, ConfigError};
 use crate::daemon;
 use crate::host::Host;
+use crate::kube_proxy;
 use crate::publish::Publisher;
 use crate::source::Source;
 use crate::source::api::{self, Access};
@@ -23,6 +24,7 @@ use crate::source::folder::Folder;
 
 /// Arguments of `sluice run`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "kube-proxy's flags, and its file with --config, are taken too: see docs/migration.md.")]
 pub struct Args {
     /// Configuration file (YAML); flags override it
     #[arg(long, value_name = "FILE")]
@@ -47,15 +49,21 @@ pub struct Args {
     /// At a clean stop leave everything as after a crash, for a start soon after
     #[arg(long)]
     leave_on_stop: bool,
+    /// After handing over to another daemon wait for SIGTERM instead of ending, as in a DaemonSet
+    #[arg(long)]
+    linger: bool,
     /// Packet threads [default: one for each CPU, at most 8]
     #[arg(long, value_name = "N")]
     workers: Option<usize>,
-    /// Form of log lines, on standard error
-    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
-    log_format: LogFormat,
+    /// Form of log lines, on standard error [default: text]
+    #[arg(long, value_enum)]
+    log_format: Option<LogFormat>,
     /// Least level that is logged: error, warn, info, debug, trace, or a filter such as `sluice_control::host=debug`
-    #[arg(long, default_value = "info")]
-    log_level: String,
+    /// [default: info]
+    #[arg(long, value_name = "LEVEL")]
+    log_level: Option<String>,
+    #[command(flatten)]
+    kube_proxy: kube_proxy::Flags,
 }
 
 /// Where objects come from. Without either: the API server of the cluster whose Pod this is.
@@ -80,25 +88,35 @@ pub enum LogFormat {
 }
 
 /// Runs the daemon until SIGTERM or SIGINT.
-pub fn run(args: Args) -> Result<ExitCode> {
-    let mut config = args.config.as_deref().map_or_else(|| Ok(Config::default()), Config::read)?;
+pub fn run(mut args: Args) -> Result<ExitCode> {
+    let (config, wishes) = args.config.as_deref().map_or_else(|| Ok((Config::default(), None)), Config::read)?;
+    let (mut config, flag_wishes) = args.kube_proxy.apply(config, wishes.is_some())?;
+    let wishes = wishes.unwrap_or_default().or(flag_wishes);
     config.node_name = args.node_name.or(config.node_name);
     config.admin = args.admin.unwrap_or(config.admin);
     config.health = args.health.unwrap_or(config.health);
     config.state_dir = args.state_dir.unwrap_or(config.state_dir);
     config.leave_on_stop |= args.leave_on_stop;
+    config.linger |= args.linger;
     config.workers = args.workers.or(config.workers);
     config.validate()?;
+    if args.source.manifests.is_none() {
+        args.source.kubeconfig = args.source.kubeconfig.or(wishes.kubeconfig);
+    }
     let access = args.source.access()?;
     // With an API server the controllers are the cluster's.
     config.local_controllers &= access.is_none();
     // The client logs every failed attempt; we say what it means.
-    let filter = EnvFilter::try_new(format!("kube_client=off,{}", args.log_level))
-        .with_context(|| format!("--log-level {:?}", args.log_level))?;
+    let level = args.log_level.as_deref().or(wishes.log_level).unwrap_or("info");
+    let filter =
+        EnvFilter::try_new(format!("kube_client=off,{level}")).with_context(|| format!("--log-level {level:?}"))?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    match args.log_format {
+    match args.log_format.unwrap_or(if wishes.json_log { LogFormat::Json } else { LogFormat::Text }) {
         LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).with_target(false).init(),
         LogFormat::Json => log.json().init(),
+    }
+    if let Some(warning) = &wishes.warning {
+        tracing::warn!("{warning}");
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {

@@ -12,8 +12,7 @@ use clap::ValueEnum;
 use sluice_dataplane::decide::NewFlow;
 use sluice_dataplane::table::RoutingTable;
 
-use super::{USAGE, get, offline, print};
-use crate::config::Config;
+use super::{USAGE, get, offline, print, read_config};
 use crate::trace::{Question, Traced, trace};
 
 /// Arguments of `sluice trace`.
@@ -93,7 +92,7 @@ fn usage(reason: &str) -> ExitCode {
 
 /// The table of the manifests. What is wrong with them is said on standard error, and changes nothing else.
 fn load(args: &Args) -> Result<Arc<RoutingTable>> {
-    let mut config = args.config.as_deref().map_or_else(|| Ok(Config::default()), Config::read)?;
+    let mut config = read_config(args.config.as_deref())?;
     config.node_name = args.node_name.clone().or(config.node_name);
     let manifests = args.manifests.as_deref().context("--manifests or --admin is needed")?;
     std::fs::metadata(manifests).with_context(|| format!("cannot read {}", manifests.display()))?;

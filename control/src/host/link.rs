@@ -34,7 +34,7 @@ pub(super) async fn addresses(netlink: &Handle) -> Result<Vec<IpAddr>> {
 
 /// Brings the link up with the settings that packets of our making need. The link must be there.
 pub(super) async fn set_up(netlink: &Handle) -> Result<Vec<String>> {
-    let link = find(netlink).await?.with_context(|| format!("the link {LINK} is gone"))?;
+    let link = find(netlink, LINK).await?.with_context(|| format!("the link {LINK} is gone"))?;
     let mut changes = sysctl::set_link(LINK)?;
     let mtu = largest_mtu(netlink).await?;
     let has_mtu = link.attributes.contains(&LinkAttribute::Mtu(mtu));
@@ -48,22 +48,27 @@ pub(super) async fn set_up(netlink: &Handle) -> Result<Vec<String>> {
 
 /// Index of the link, when it is there.
 pub(super) async fn index(netlink: &Handle) -> Result<Option<u32>> {
-    Ok(find(netlink).await?.map(|link| link.header.index))
+    index_of(netlink, LINK).await
 }
 
-/// Removes the link, when it is there.
-pub(super) async fn remove(netlink: &Handle) -> Result<Vec<String>> {
-    let Some(index) = index(netlink).await? else { return Ok(Vec::new()) };
-    netlink.link().del(index).execute().await.with_context(|| format!("cannot remove the link {LINK}"))?;
-    Ok(vec![format!("link {LINK}")])
+/// Index of any link, when it is there.
+pub(super) async fn index_of(netlink: &Handle, name: &str) -> Result<Option<u32>> {
+    Ok(find(netlink, name).await?.map(|link| link.header.index))
 }
 
-async fn find(netlink: &Handle) -> Result<Option<LinkMessage>> {
+/// Removes a link, when it is there.
+pub(super) async fn remove(netlink: &Handle, name: &str) -> Result<Vec<String>> {
+    let Some(index) = index_of(netlink, name).await? else { return Ok(Vec::new()) };
+    netlink.link().del(index).execute().await.with_context(|| format!("cannot remove the link {name}"))?;
+    Ok(vec![format!("link {name}")])
+}
+
+async fn find(netlink: &Handle, name: &str) -> Result<Option<LinkMessage>> {
     let links = all(netlink).await?;
-    let is_ours = |link: &LinkMessage| {
-        link.attributes.iter().any(|attribute| matches!(attribute, LinkAttribute::IfName(name) if name == LINK))
+    let is_it = |link: &LinkMessage| {
+        link.attributes.iter().any(|attribute| matches!(attribute, LinkAttribute::IfName(other) if other == name))
     };
-    Ok(links.into_iter().find(is_ours))
+    Ok(links.into_iter().find(is_it))
 }
 
 async fn all(netlink: &Handle) -> Result<Vec<LinkMessage>> {

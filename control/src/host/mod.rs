@@ -5,12 +5,16 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::process::Command;
 
 use tokio::task::JoinHandle;
 
 use crate::config::PortRange;
+use conntrack::Direction;
 pub use plan::Plan;
 
+mod carried;
+mod conntrack;
 pub mod link;
 pub mod lock;
 pub mod nft;
@@ -40,13 +44,26 @@ pub struct Host {
     netlink: rtnetlink::Handle,
     connection: JoinHandle<()>,
     plan: Plan,
+    /// Our nftables table as we left it.
+    table: Option<nft::Table>,
+    /// What we changed of the kernel's settings, should the table be taken away that notes it.
+    noted: nft::Noted,
+    /// What a service proxy before us has begun; `None`: not looked for yet.
+    carried: Option<BTreeSet<Direction>>,
 }
 
 impl Host {
     /// Opens the connection. Changes nothing.
     pub fn new() -> anyhow::Result<Self> {
         let (connection, netlink, _) = rtnetlink::new_connection()?;
-        Ok(Self { netlink, connection: tokio::spawn(connection), plan: Plan::default() })
+        Ok(Self {
+            netlink,
+            connection: tokio::spawn(connection),
+            plan: Plan::default(),
+            table: None,
+            noted: nft::Noted::default(),
+            carried: None,
+        })
     }
 
     /// The plan in force.
@@ -63,21 +80,26 @@ impl Host {
     /// Brings the host to this plan, whatever it is at now. Returns what had to be changed: empty when all was right.
     pub async fn apply(&mut self, plan: Plan) -> anyhow::Result<Vec<String>> {
         let mut changes = link::set_up(&self.netlink).await?;
-        let noted = nft::noted()?;
+        let found = nft::read()?;
+        let carried = self.find_carried(&plan);
+        let carried_changed = self.carried.as_ref() != Some(&carried);
+        if found.is_none() && !carried.is_empty() {
+            // The other proxy's rewriting comes before routing: nothing goes our way until the table says so, at once for all.
+            changes.extend(route::apply(&self.netlink, &plan).await?);
+            changes.extend(rule::apply(&self.netlink, &plan).await?);
+        }
         let (reserved, early_demux) = (sysctl::reserved_ports(), sysctl::early_demux());
         let short_timeouts = sysctl::short_timeouts();
         let wanted: BTreeSet<u16> = plan.masquerade_ports.into_iter().flat_map(PortRange::range).collect();
         let missing: BTreeSet<u16> = wanted.difference(&reserved).copied().collect();
         let is_noted = missing.is_empty() && !early_demux && short_timeouts.is_empty();
-        if self.plan != plan || noted.is_none() || !is_noted {
+        if self.plan != plan || found.is_none() || self.table != found || !is_noted || carried_changed {
             // What we change is noted in our nftables table first: only so can it be told from what others changed.
-            let mut noted = noted.unwrap_or_default();
-            noted.reserved.extend(&missing);
-            noted.early_demux |= early_demux;
-            for (name, seconds) in &short_timeouts {
-                noted.timeouts.entry((*name).to_owned()).or_insert(*seconds);
-            }
-            if nft::apply(&plan, &noted)? {
+            self.noted.add(found.as_ref().map(nft::Table::noted).unwrap_or_default());
+            self.noted.add(nft::Noted { reserved: missing.clone(), early_demux, timeouts: short_timeouts.clone() });
+            self.table = nft::apply(&plan, &self.noted, &carried)?;
+            // That connections end is no repair.
+            if self.table != found && !carried_changed {
                 changes.push("nftables table".to_owned());
             }
         }
@@ -96,7 +118,30 @@ impl Host {
         changes.extend(route::apply(&self.netlink, &plan).await?);
         changes.extend(rule::apply(&self.netlink, &plan).await?);
         self.plan = plan;
+        self.carried = Some(carried);
         Ok(changes)
+    }
+
+    /// The connections of a service proxy before us that still live: connection tracking goes on carrying them.
+    fn find_carried(&self, plan: &Plan) -> BTreeSet<Direction> {
+        if self.carried.as_ref().is_some_and(BTreeSet::is_empty) {
+            return BTreeSet::new();
+        }
+        let found = conntrack::carried(|direction| plan.takes(direction.protocol, direction.to));
+        let found = found.unwrap_or_else(|error| {
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "connections of a service proxy before us cannot be looked for"
+            );
+            BTreeSet::new()
+        });
+        if self.carried.is_none() && !found.is_empty() {
+            tracing::info!(
+                connections = found.len() / 2,
+                "another service proxy's connections stay with connection tracking"
+            );
+        }
+        found
     }
 
     /// Puts right what somebody else changed. Returns what that was.
@@ -108,24 +153,47 @@ impl Host {
     pub async fn clean_up(&mut self) -> anyhow::Result<Vec<String>> {
         let mut removed = rule::remove(&self.netlink).await?;
         removed.extend(route::remove(&self.netlink).await?);
-        if let Some(ours) = nft::noted()? {
+        let found = nft::read()?;
+        let mut ours = std::mem::take(&mut self.noted);
+        ours.add(found.as_ref().map(nft::Table::noted).unwrap_or_default());
+        if !ours.reserved.is_empty() {
             let left = sysctl::reserved_ports().difference(&ours.reserved).copied().collect();
             sysctl::set_reserved_ports(&left)?;
-            if ours.early_demux {
-                sysctl::set_early_demux(true)?;
-            }
-            sysctl::restore_timeouts(&ours.timeouts)?;
+        }
+        if ours.early_demux {
+            sysctl::set_early_demux(true)?;
+        }
+        sysctl::restore_timeouts(&ours.timeouts)?;
+        if found.is_some() {
             nft::remove()?;
             removed.push("nftables table".to_owned());
         }
-        self.plan = Plan::default();
+        (self.plan, self.table) = Default::default();
         Ok(removed)
     }
 
     /// Removes the link, when it is there.
     pub async fn remove_link(&self) -> anyhow::Result<Vec<String>> {
-        link::remove(&self.netlink).await
+        link::remove(&self.netlink, LINK).await
     }
+
+    /// Whether a link of this name is there.
+    pub async fn has_link(&self, name: &str) -> anyhow::Result<bool> {
+        Ok(link::index_of(&self.netlink, name).await?.is_some())
+    }
+
+    /// Removes a link that is not ours.
+    pub async fn remove_link_named(&self, name: &str) -> anyhow::Result<()> {
+        link::remove(&self.netlink, name).await.map(drop)
+    }
+}
+
+/// A program of the system's: those live where a user's path does not always lead.
+pub(crate) fn tool(program: &str) -> Command {
+    let mut command = Command::new(program);
+    let path = std::env::var("PATH").unwrap_or_default();
+    command.env("PATH", format!("{path}:/usr/sbin:/sbin"));
+    command
 }
 
 impl Drop for Host {

@@ -6,13 +6,13 @@ use std::fmt::Write as _;
 use std::io::Write as _;
 use std::net::IpAddr;
 use std::process::{Command, Stdio};
-use std::sync::Mutex;
 
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 use sluice_dataplane::net::Family;
 
-use super::{LINK, Lacking, MARK, MARK_MASK, Plan, sysctl};
+use super::conntrack::Direction;
+use super::{LINK, Lacking, MARK, MARK_MASK, Plan, carried, sysctl, tool};
 
 const TABLE: &str = "sluice";
 const RESERVED: &str = "reserved_ports";
@@ -34,15 +34,54 @@ pub(super) struct Noted {
     pub(super) timeouts: BTreeMap<String, u32>,
 }
 
-/// What our table on this host notes; nothing when it is not there.
-pub(super) fn noted() -> Result<Option<Noted>> {
-    let tables = list(&["tables", "inet"])?;
-    let is_ours = |entry: &Value| entry["table"]["name"] == TABLE;
-    if !tables["nftables"].as_array().is_some_and(|entries| entries.iter().any(is_ours)) {
-        return Ok(None);
+impl Noted {
+    /// Notes this too; what was noted first of a setting stays.
+    pub(super) fn add(&mut self, other: Self) {
+        self.reserved.extend(other.reserved);
+        self.early_demux |= other.early_demux;
+        for (name, seconds) in other.timeouts {
+            self.timeouts.entry(name).or_insert(seconds);
+        }
     }
-    let table = list(&["table", "inet", TABLE])?;
-    let sets = || table["nftables"].as_array().into_iter().flatten().map(|entry| &entry["set"]);
+}
+
+/// Our table as the kernel has it, but for the numbers that it gives to everything.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Table(Vec<Value>);
+
+/// Our table on this host; nothing when it is not there.
+pub(super) fn read() -> Result<Option<Table>> {
+    match list(&["table", "inet", TABLE]) {
+        Ok(mut listing) => Ok(Some(Table::new(&mut listing))),
+        Err(error) => {
+            if has_table("inet", TABLE)? {
+                Err(error)
+            } else {
+                Ok(None)
+            }
+        }
+    }
+}
+
+impl Table {
+    fn new(listing: &mut Value) -> Self {
+        let mut entries = listing["nftables"].as_array_mut().map(std::mem::take).unwrap_or_default();
+        for object in entries.iter_mut().filter_map(Value::as_object_mut).flat_map(|entry| entry.values_mut()) {
+            if let Some(object) = object.as_object_mut() {
+                object.remove("handle");
+            }
+        }
+        Self(entries)
+    }
+
+    /// What it notes.
+    pub(super) fn noted(&self) -> Noted {
+        noted(&self.0)
+    }
+}
+
+fn noted(entries: &[Value]) -> Noted {
+    let sets = || entries.iter().map(|entry| &entry["set"]);
     let elements = sets().filter(|set| set["name"] == RESERVED).filter_map(|set| set["elem"].as_array()).flatten();
     let port = |value: &Value| u16::try_from(value.as_u64()?).ok();
     let range = |element: &Value| match element["range"].as_array() {
@@ -53,30 +92,37 @@ pub(super) fn noted() -> Result<Option<Noted>> {
         let name = set["name"].as_str().filter(|name| sysctl::is_timeout(name))?;
         Some((name.to_owned(), u32::try_from(set["elem"][0].as_u64()?).ok()?))
     };
-    Ok(Some(Noted {
+    Noted {
         reserved: elements.filter_map(range).flatten().collect(),
         early_demux: sets().any(|set| set["name"] == EARLY_DEMUX),
         timeouts: sets().filter_map(timeout).collect(),
-    }))
+    }
 }
 
-/// Puts the table in place of the last one, in one transaction, with this noted in it. Returns whether it
-/// differs from what this process put there before.
-pub(super) fn apply(plan: &Plan, noted: &Noted) -> Result<bool> {
-    static LAST: Mutex<String> = Mutex::new(String::new());
-    let text = ruleset(plan, noted);
-    run(&text)?;
-    let mut last = LAST.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    Ok(std::mem::replace(&mut *last, text.clone()) != text)
+/// Puts the table in place of the last one, in one transaction, with this noted in it. Returns what the kernel makes of it.
+pub(super) fn apply(plan: &Plan, noted: &Noted, carried: &BTreeSet<Direction>) -> Result<Option<Table>> {
+    run(&ruleset(plan, noted, carried))?;
+    read()
 }
 
 /// Removes the table.
 pub(super) fn remove() -> Result<()> {
-    run(&format!("add table inet {TABLE}\ndelete table inet {TABLE}\n"))
+    delete_table("inet", TABLE)
+}
+
+/// Whether there is such a table, of whomever.
+pub(crate) fn has_table(family: &str, name: &str) -> Result<bool> {
+    let tables = list(&["tables", family])?;
+    Ok(tables["nftables"].as_array().is_some_and(|entries| entries.iter().any(|entry| entry["table"]["name"] == name)))
+}
+
+/// Removes a table, when it is there.
+pub(crate) fn delete_table(family: &str, name: &str) -> Result<()> {
+    run(&format!("add table {family} {name}\ndelete table {family} {name}\n"))
 }
 
 fn list(arguments: &[&str]) -> Result<Value> {
-    let output = command().arg("-j").arg("list").args(arguments).output().map_err(missing)?;
+    let output = command().args(["-j", "-s", "list"]).args(arguments).output().map_err(missing)?;
     if !output.status.success() {
         return Err(refused(&output.stderr));
     }
@@ -102,11 +148,7 @@ fn run(script: &str) -> Result<()> {
 }
 
 fn command() -> Command {
-    let mut command = Command::new("nft");
-    // It lives where a user's path does not always lead.
-    let path = std::env::var("PATH").unwrap_or_default();
-    command.env("PATH", format!("{path}:/usr/sbin:/sbin"));
-    command
+    tool("nft")
 }
 
 fn missing(error: std::io::Error) -> anyhow::Error {
@@ -119,7 +161,7 @@ fn refused(stderr: &[u8]) -> anyhow::Error {
 }
 
 /// The whole table as an nft script.
-fn ruleset(plan: &Plan, noted: &Noted) -> String {
+fn ruleset(plan: &Plan, noted: &Noted, carried: &BTreeSet<Direction>) -> String {
     let mut chains = Chains::default();
     for family in &plan.families {
         chains.own_ports(plan, *family);
@@ -129,10 +171,10 @@ fn ruleset(plan: &Plan, noted: &Noted) -> String {
     // Cheap rules first, and each ends the chain: every packet of the host comes by here. Service addresses outside the
     // ranges, where there are any, are those that the host routes to our link: the rule never needs to name them.
     if plan.services.iter().any(is_host) {
-        chains.arriving.push(format!("fib daddr oifname \"{LINK}\" notrack accept"));
-        chains.leaving.push(format!("fib saddr oifname \"{LINK}\" notrack accept"));
+        chains.arriving.push(format!("fib daddr oif \"{LINK}\" notrack accept"));
+        chains.leaving.push(format!("fib saddr oif \"{LINK}\" notrack accept"));
         // Passed on as it came: no Service has the port. Its replies need not come to us.
-        chains.leaving.push(format!("fib daddr oifname \"{LINK}\" notrack accept"));
+        chains.leaving.push(format!("fib daddr oif \"{LINK}\" notrack accept"));
     }
     let remember = format!("ct direction original ct mark set ct mark and {rest} or {ours}");
     let bring_back =
@@ -156,23 +198,25 @@ fn ruleset(plan: &Plan, noted: &Noted) -> String {
         text.push_str("  }\n");
     };
     chain("from_us", "", &chains.leaving);
-    let from_us = format!("iifname \"{LINK}\" jump from_us");
-    let from_us_accept = format!("iifname \"{LINK}\" accept");
-    let untracked = [vec![from_us, from_us_accept], chains.arriving].concat();
+    let kept = carried::rules(carried);
+    let untracked = [vec![format!("iif \"{LINK}\" goto from_us")], kept.clone(), chains.arriving].concat();
     chain("untracked", "filter hook prerouting priority raw", &untracked);
-    let untracked_output = [format!("oifname \"{LINK}\" notrack")];
+    let untracked_output = [kept, vec![format!("oif \"{LINK}\" notrack")]].concat();
     chain("untracked_output", "filter hook output priority raw", &untracked_output);
+    // Most packets: nothing that follows is for them.
+    let most = "ct state untracked accept".to_owned();
     let marked = [
-        vec![format!("iifname \"{LINK}\" {remember} accept"), format!("iifname \"{LINK}\" accept")],
+        vec![most.clone(), format!("iif \"{LINK}\" {remember} accept"), format!("iif \"{LINK}\" accept")],
         vec![bring_back.clone(), unplaced.clone()],
         chains.errors.clone(),
     ]
     .concat();
     chain("marked", "filter hook prerouting priority mangle", &marked);
     // Endpoints in the host's own namespace, and ICMP errors of the host itself.
-    let marked_output = [vec![bring_back, unplaced], chains.errors].concat();
+    let marked_output = [vec![most, bring_back, unplaced], chains.errors].concat();
     chain("marked_output", "route hook output priority mangle", &marked_output);
     let _ = write!(text, "  set {RESERVED} {{\n    type inet_service; flags interval; {elements}\n  }}\n");
+    text.push_str(&carried::sets_and_chains(carried));
     if noted.early_demux {
         // An empty set: that it is there says it.
         let _ = writeln!(text, "  set {EARLY_DEMUX} {{\n    type inet_service\n  }}");
@@ -227,7 +271,7 @@ impl Chains {
             self.leaving.push(format!("{ip} saddr {address} {protocols} th sport {{ {ports} }} notrack accept"));
             // The packet that an error quotes is one of ours: its source is this address with such a port.
             self.errors.push(format!(
-                "iifname != \"{LINK}\" {ip} daddr {address} {icmp} type {{ {types} }} @th,{},16 {{ {ports} }} meta mark set meta mark and {:#010x} or {MARK:#010x}",
+                "iif != \"{LINK}\" {ip} daddr {address} {icmp} type {{ {types} }} @th,{},16 {{ {ports} }} meta mark set meta mark and {:#010x} or {MARK:#010x}",
                 quoted_port * 8,
                 !MARK_MASK
             ));

@@ -1,7 +1,7 @@
 //! Which packets are to come to the TUN link: a pure function of the routing table and the configuration.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 use sluice_dataplane::net::{Family, Protocol};
@@ -41,14 +41,23 @@ impl Plan {
         let mut plan = Self {
             primary: masquerade.to_vec(),
             node_port_addresses: addresses.chain(loopback.copied()).filter(|range| served(&range.addr())).collect(),
-            node_ports: Some(config.node_port_range),
+            node_ports: (!node.spec().beside).then_some(config.node_port_range),
             masquerade_ports: Some(config.masquerade_ports),
             services: node.spec().service_cidrs.iter().filter(|range| served(&range.addr())).copied().collect(),
             own_frontends: BTreeSet::new(),
             families: families.clone(),
         };
         for frontend in table.frontends() {
-            let FrontendKey::Address(address, protocol, port) = frontend.key else { continue };
+            let (address, protocol, port) = match frontend.key {
+                FrontendKey::Address(address, protocol, port) => (address, protocol, port),
+                FrontendKey::NodePort(family, protocol, port) if node.spec().beside => {
+                    let addresses = plan.node_port_addresses.iter().map(IpNet::addr);
+                    let of_family = addresses.filter(|address| Family::of(*address) == family);
+                    plan.own_frontends.extend(of_family.map(|address| (address, protocol, port)));
+                    continue;
+                }
+                FrontendKey::NodePort(..) => continue,
+            };
             if !served(&address) || node.in_service_range(address) {
                 continue;
             }
@@ -59,6 +68,20 @@ impl Plan {
             }
         }
         plan
+    }
+
+    /// Whether packets to there come to us.
+    pub(super) fn takes(&self, protocol: Protocol, to: SocketAddr) -> bool {
+        let address = to.ip();
+        let in_range = |range: &IpNet| range.prefix_len() < range.max_prefix_len() && range.contains(&address);
+        let is_node_port = || {
+            self.node_ports.is_some_and(|ports| ports.range().contains(&to.port()))
+                && self.node_port_addresses.iter().any(|range| range.contains(&address))
+        };
+        self.services.contains(&address.into())
+            || self.services.iter().any(in_range)
+            || self.own_frontends.contains(&(address, protocol, to.port()))
+            || is_node_port()
     }
 
     /// The primary address of a family.

@@ -108,9 +108,9 @@ pub(super) fn set_early_demux(on: bool) -> Result<()> {
 }
 
 /// Timeouts of connection tracking that are too short, in seconds.
-pub(super) fn short_timeouts() -> BTreeMap<&'static str, u32> {
+pub(super) fn short_timeouts() -> BTreeMap<String, u32> {
     let now = |timeout: &Timeout| timeout_now(timeout.name).unwrap_or(timeout.of_kernel);
-    TIMEOUTS.iter().filter(|it| now(it) < it.seconds).map(|it| (it.name, now(it))).collect()
+    TIMEOUTS.iter().filter(|it| now(it) < it.seconds).map(|it| (it.name.to_owned(), now(it))).collect()
 }
 
 /// Makes them as long as they must be. The module must be loaded.
@@ -159,7 +159,12 @@ fn read(path: &str) -> Option<String> {
 }
 
 fn write(path: &str, value: &str) -> Result<()> {
-    fs::write(path, value).map_err(|error| match error.kind() {
+    // In a container /proc/sys is read-only, but our manifests mount its part of networks once more.
+    let elsewhere = || fs::write(format!("/host{path}"), value);
+    let is_read_only = |error: &std::io::Error| error.kind() == ErrorKind::ReadOnlyFilesystem;
+    let written = fs::write(path, value)
+        .or_else(|error| if is_read_only(&error) { elsewhere().map_err(|_| error) } else { Err(error) });
+    written.map_err(|error| match error.kind() {
         ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
             Lacking(format!("cannot set {path} to {value}: {error}")).into()
         }

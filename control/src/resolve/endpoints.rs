@@ -50,14 +50,15 @@ pub(super) struct Merged<'c, 's> {
 
 impl Merged<'_, '_> {
     /// What the packet path is told of the endpoint. Who it is, is its Pod's uid: the same address may be another Pod's by
-    /// tomorrow. One that is terminating is so even where it counts as ready (`publishNotReadyAddresses`): when it leaves
+    /// tomorrow. Without that, its slice's: as long as the slice is there, and names the address, it is the same. One that is terminating is so even where it counts as ready (`publishNotReadyAddresses`): when it leaves
     /// its slices, it is gone.
     pub(super) fn spec(&self) -> EndpointSpec {
         let Candidate { ready, serving, terminating, endpoint, .. } = *self.of;
         let uid = endpoint.target_ref.as_ref().and_then(|target| target.uid.as_deref());
+        let of_slice = self.slice.metadata.uid.as_deref();
         EndpointSpec {
             address: self.address,
-            uid: uid.map(Uid::of).unwrap_or_default(),
+            uid: uid.map(Uid::of).or_else(|| of_slice.map(Uid::of_slice)).unwrap_or_default(),
             condition: match (ready, terminating) {
                 (_, true) => Condition::Terminating { serving },
                 (true, false) => Condition::Ready,

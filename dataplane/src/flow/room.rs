@@ -9,8 +9,6 @@ use super::State;
 use super::record::{FlowFields, Source};
 use super::table::{FlowTable, Full, Hit, Writer};
 
-/// Ports looked at for a free one, once that of a flow that finished long enough ago is at hand.
-const PORT_SEARCH: u32 = 16;
 /// Milliseconds after which nothing of a finished flow is under way any more, as a rule.
 const PORT_REST_MS: u32 = 1_000;
 /// Records looked at for a victim when the table is full.
@@ -57,8 +55,9 @@ impl FlowTable {
         }
     }
 
-    /// A free port of the reserved range towards the endpoint, in turn, so that a port rests as long as possible before
-    /// it is used again; when those next in turn are all taken, that of the flow that finished longest ago.
+    /// The first port of the reserved range towards the endpoint that is free, or whose flow finished long enough ago; in
+    /// turn, so that a port rests as long as possible before it is used again. Where there is none, that of the flow that
+    /// finished longest ago.
     pub(super) fn choose_port(
         &self,
         writer: &mut Writer,
@@ -70,22 +69,21 @@ impl FlowTable {
         let count = last - first + 1;
         // Several Service ports may have this endpoint, each with a turn of its own: they begin apart.
         let begin = fields.endpoint_slot.0.wrapping_mul(0x9e37_79b9);
-        let (mut finished, mut looks): (Option<(Source, Hit, u32)>, _) = (None, 0);
+        let mut finished: Option<(Source, Hit, u32)> = None;
         for _ in 0..count {
-            if looks >= PORT_SEARCH && finished.as_ref().is_some_and(|(.., idle)| *idle >= PORT_REST_MS) {
-                break;
-            }
             let turn = self.slots.next_source_port(fields.endpoint_slot).wrapping_add(begin) % count;
             let source = Source::Masqueraded { address, port: (first + turn) as u16 };
             let Some(other) = self.probe(&FlowFields { source, ..fields }.reply(self.masquerade())) else {
                 return Ok(source);
             };
-            looks += 1;
             let idle = self.records[other.record as usize].idle_ms(now_ms);
             // Stamped after `now_ms` was read: not idle at all.
             let idle = if idle > u32::MAX / 2 { 0 } else { idle };
             if other.state().is_finished() && finished.as_ref().is_none_or(|(.., longest)| idle > *longest) {
                 finished = Some((source, other, idle));
+                if idle >= PORT_REST_MS {
+                    break;
+                }
             }
         }
         let (source, other, _) = finished.ok_or(Full::Ports)?;

@@ -22,7 +22,7 @@ use crate::table::{EndpointEntry, PortEntry, Slots};
 
 const MAGIC: u64 = u64::from_le_bytes(*b"SLUICEFL");
 /// Grows with every change of what lies in the file.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Masquerade addresses that a record can name.
 const ADDRESSES: usize = 255;
 /// Between two attempts at the lock.
@@ -56,10 +56,11 @@ const HEADER_ROOM: usize = 8192;
 const _: () = assert!(size_of::<Header>() <= HEADER_ROOM);
 const PORTS_AT: usize = HEADER_ROOM;
 const ENDPOINTS_AT: usize = PORTS_AT + Slots::CAPACITY as usize * size_of::<PortEntry>();
-const AFFINITIES_AT: usize = ENDPOINTS_AT + Slots::CAPACITY as usize * size_of::<EndpointEntry>();
+const UIDS_AT: usize = ENDPOINTS_AT + Slots::CAPACITY as usize * size_of::<EndpointEntry>();
+const AFFINITIES_AT: usize = UIDS_AT + Slots::CAPACITY as usize * size_of::<AtomicU64>();
 /// Records come last: their number may grow.
 const RECORDS_AT: usize = AFFINITIES_AT + AFFINITIES * size_of::<AffinityEntry>();
-const _: () = assert!((ENDPOINTS_AT | AFFINITIES_AT | RECORDS_AT) & 4095 == 0, "whole pages");
+const _: () = assert!((ENDPOINTS_AT | UIDS_AT | AFFINITIES_AT | RECORDS_AT) & 4095 == 0, "whole pages");
 
 fn layout() -> u64 {
     let sizes = [size_of::<Record>(), size_of::<EndpointEntry>(), size_of::<PortEntry>(), size_of::<AffinityEntry>()];
@@ -139,6 +140,7 @@ pub(crate) struct Store {
     pub(crate) header: Arc<Region<Header>>,
     pub(crate) ports: Region<PortEntry>,
     pub(crate) endpoints: Region<EndpointEntry>,
+    pub(crate) uids: Region<AtomicU64>,
     pub(crate) affinities: Region<AffinityEntry>,
     pub(crate) records: Region<Record>,
     pub(crate) hold: Hold,
@@ -175,6 +177,7 @@ impl Store {
             header: Arc::new(Region::heap(1)),
             ports: Region::heap(slots),
             endpoints: Region::heap(slots),
+            uids: Region::heap(slots),
             affinities: Region::heap(AFFINITIES),
             records: Region::heap(capacity),
             hold: Hold::none(),
@@ -229,6 +232,7 @@ impl Store {
         Ok(Self {
             ports: map(file, PORTS_AT, slots).map_err(io)?,
             endpoints: map(file, ENDPOINTS_AT, slots).map_err(io)?,
+            uids: map(file, UIDS_AT, slots).map_err(io)?,
             affinities: map(file, AFFINITIES_AT, AFFINITIES).map_err(io)?,
             records: map(file, RECORDS_AT, capacity).map_err(io)?,
             header: Arc::new(header),

@@ -7,6 +7,7 @@ mod namespace;
 mod opening;
 mod opens;
 mod shared;
+mod steer;
 mod thread;
 mod tun;
 mod worker;

@@ -15,7 +15,7 @@ use crate::packet_path::drops::{Drop, Drops};
 use crate::packet_path::fragments::Fragments;
 use crate::packet_path::opens::Opens;
 use crate::select::{Affinity, Selection};
-use crate::table::{EndpointSlot, RoutingTable, Slots};
+use crate::table::{Directory, EndpointSlot, RoutingTable, Slots};
 
 /// Settings of a packet path, fixed for its life.
 #[derive(Clone, Debug)]
@@ -88,7 +88,8 @@ impl Shared {
             ports: settings.masquerade_ports.clone(),
         };
         let addresses = store.masquerade(&masquerade.addresses);
-        let slots = Arc::new(Slots::over(settings.workers, store.endpoints, store.ports, header()));
+        let directory = Directory::new(store.endpoints, store.uids, store.ports, header());
+        let slots = Arc::new(Slots::over(settings.workers, directory));
         let affinity = Affinity::over(store.affinities, header());
         let flows = FlowTable::new(store.records, header(), addresses, Arc::clone(&slots), masquerade);
         let (flows, (found, dropped)) = flows;

@@ -14,6 +14,7 @@ use nix::time::{ClockId, clock_gettime};
 use crate::packet_path::drops::Drop as DropReason;
 use crate::packet_path::keeper::Keeper;
 use crate::packet_path::shared::Shared;
+use crate::packet_path::steer;
 use crate::packet_path::tun::{FRAME_LIMIT, Queue, Sender, Tun};
 use crate::packet_path::worker::{Action, Worker};
 
@@ -62,7 +63,13 @@ impl PacketPath {
         unsafe { sigaction(WAKE, &action) }?;
         let course = Arc::new(Course::default());
         let queues = tun.into_queues();
-        let out = queues.first().ok_or(io::ErrorKind::InvalidInput)?.sender()?;
+        let first = queues.first().ok_or(io::ErrorKind::InvalidInput)?;
+        let out = first.sender()?;
+        if queues.len() > 1
+            && let Err(error) = steer::by_processor(first)
+        {
+            tracing::info!(%error, "the kernel spreads packets over the queues by a table of its own");
+        }
         let mut threads = Threads { course: Arc::clone(&course), threads: Vec::new() };
         for (number, queue) in queues.into_iter().enumerate() {
             let (worker, shared) = (Worker::new(Arc::clone(&shared), number), Arc::clone(&shared));

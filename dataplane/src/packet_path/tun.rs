@@ -3,7 +3,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
@@ -105,6 +105,12 @@ impl Queue {
     /// Hands a frame to the kernel, which routes it.
     pub(super) fn send(&mut self, frame: &[u8]) -> io::Result<()> {
         self.0.write(frame).map(|_| ())
+    }
+}
+
+impl AsRawFd for Queue {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use ahash::{AHashMap, AHashSet};
 
+use super::holders::Holders;
 use super::identity::{EndpointName, Numbers, PortName};
 use super::{
     Endpoint, EndpointList, EndpointSlot, EndpointSpec, Endpoints, Frontend, FrontendKey, FrontendKind, Life, Node,
@@ -34,10 +35,7 @@ pub struct TableBuilder {
     port_slots: Numbers<PortName>,
     endpoint_slots: Numbers<EndpointName>,
     table: RoutingTable,
-    /// Who had an address last, of those that say who they are. As many entries as Pods have addresses.
-    holders: AHashMap<IpAddr, Uid>,
-    /// Endpoints of the last process that left, by address.
-    strangers: AHashMap<IpAddr, Vec<EndpointSlot>>,
+    holders: Holders,
 }
 
 /// What a Service has in the current table.
@@ -58,8 +56,7 @@ impl TableBuilder {
             endpoint_slots: Numbers::recover(&recovered.endpoints, is_gone),
             slots,
             services: AHashMap::new(),
-            holders: AHashMap::new(),
-            strangers: AHashMap::new(),
+            holders: Holders::default(),
             claims: AHashMap::new(),
             table: RoutingTable::default(),
         }
@@ -193,17 +190,17 @@ impl TableBuilder {
             self.slots.leave(EndpointSlot(slot));
         }
         self.port_slots.synced();
-    }
-
-    /// Tells where the flows of the last process go: an endpoint of its that did not come back has no name here, but when
-    /// somebody new has its address, it is gone. Call it once, after [`TableBuilder::synced`].
-    pub fn inherit(&mut self, flows: impl Iterator<Item = (IpAddr, EndpointSlot)>) {
-        for (ip, slot) in flows.filter(|(_, slot)| matches!(self.slots.life(*slot), Some(Life::Left { .. }))) {
-            let slots = self.strangers.entry(ip).or_default();
-            if !slots.contains(&slot) {
-                slots.push(slot);
+        for (name, slot) in self.endpoint_slots.iter() {
+            if matches!(self.slots.life(EndpointSlot(slot)), Some(Life::Present { .. })) {
+                self.holders.arrives(name, &self.slots);
             }
         }
+    }
+
+    /// Tells where the flows of the last process go: an endpoint of its that does not come back has no name here, but when
+    /// somebody else has its address, now or later, it is gone. Call it once, before the first Service is set.
+    pub fn inherit(&mut self, flows: impl Iterator<Item = (IpAddr, EndpointSlot)>) {
+        flows.for_each(|(ip, slot)| self.holders.note(ip, slot));
     }
 
     /// Gives slots that were retired before the last call, and whose endpoints have no flows, back for others. Call it now
@@ -217,6 +214,7 @@ impl TableBuilder {
             }
             idle
         });
+        self.holders.prune(slots);
         // A Service that is gone may have endpoints that drain: their flows count on its ports.
         let names = self.endpoint_slots.iter().map(|(name, _)| &name.port);
         let in_use: AHashSet<u32> = names.filter_map(|port| self.port_slots.get(port)).collect();
@@ -265,30 +263,12 @@ impl TableBuilder {
     /// Gives an endpoint a slot and takes in what is known of its life. One that was gone begins another life.
     fn endpoint(&mut self, port: &PortName, spec: &PortSpec, endpoint: &EndpointSpec) -> Endpoint {
         let (slots, name) = (&self.slots, endpoint_name(port.clone(), endpoint));
+        self.holders.arrives(&name, slots);
         let is_gone = |slot| matches!(slots.life(EndpointSlot(slot)), Some(Life::Gone(_)));
-        let assign = |slot, identity| slots.assign_endpoint(EndpointSlot(slot), identity);
+        let assign = |slot, identity| slots.assign_endpoint(EndpointSlot(slot), identity, name.uid);
         let slot = EndpointSlot(self.endpoint_slots.intern(&name, is_gone, assign));
         slots.see(slot, endpoint.condition, endpoint.drain, spec.drain_timeout);
-        let ip = endpoint.address.ip();
-        if endpoint.uid != Uid::default() {
-            let before = self.holders.insert(ip, endpoint.uid);
-            // Whoever had the address and drains has it no more: not one more packet of his may go there.
-            if before.is_some_and(|before| before != endpoint.uid) {
-                let had = |name: &EndpointName| name.address.ip() == ip && self.is_anothers(name);
-                for (_, slot) in self.endpoint_slots.iter().filter(|(name, _)| had(name)) {
-                    slots.end_left(EndpointSlot(slot));
-                }
-            }
-            if before != Some(endpoint.uid) {
-                self.strangers.remove(&ip).into_iter().flatten().for_each(|slot| slots.end_left(slot));
-            }
-        }
         Endpoint { address: endpoint.address, slot }
-    }
-
-    /// Whether the endpoint's address is known to be another's by now.
-    fn is_anothers(&self, name: &EndpointName) -> bool {
-        name.uid != Uid::default() && self.holders.get(&name.address.ip()).is_some_and(|holder| *holder != name.uid)
     }
 
     /// Takes back what a Service had, except slots that `next` goes on using.
@@ -297,6 +277,8 @@ impl TableBuilder {
             self.unclaim(*key, &old.spec.name);
         }
         let keep = next.map(slots_of).unwrap_or_default();
+        let place = |(port, endpoint): &(PortName, Option<(SocketAddr, Uid)>)| (port.clone(), endpoint.map(|it| it.0));
+        let mut places = None;
         for (port, endpoint) in slots_of(&old.spec).difference(&keep) {
             let Some((address, uid)) = *endpoint else {
                 self.port_slots.retire(port);
@@ -304,18 +286,21 @@ impl TableBuilder {
             };
             let name = EndpointName { port: port.clone(), address, uid };
             if let Some(slot) = self.endpoint_slots.retire(&name) {
+                let places = places.get_or_insert_with(|| keep.iter().map(place).collect::<AHashSet<_>>());
                 self.slots.leave(EndpointSlot(slot));
-                if self.is_anothers(&name) {
-                    self.slots.end_left(EndpointSlot(slot));
-                }
+                let is_replaced = places.contains(&(port.clone(), Some(address)));
+                self.holders.leaves(&name, EndpointSlot(slot), is_replaced, &self.slots);
             }
         }
     }
 
-    /// Frontends on addresses outside the Service ranges.
+    /// Frontends outside the ranges that the host sends our way as a whole.
     fn outside<'k>(&self, keys: &'k [FrontendKey]) -> impl Iterator<Item = &'k FrontendKey> {
         let node = Arc::clone(&self.table.node);
-        keys.iter().filter(move |key| matches!(key, FrontendKey::Address(ip, ..) if !node.in_service_range(*ip)))
+        keys.iter().filter(move |key| match key {
+            FrontendKey::Address(ip, ..) => !node.in_service_range(*ip),
+            FrontendKey::NodePort(..) => node.spec().beside,
+        })
     }
 
     fn claim(&mut self, seniority: &Seniority, frontend: Arc<Frontend>) {

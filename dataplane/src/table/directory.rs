@@ -4,14 +4,16 @@
 //! each thread ([`Standing`]), so that it costs no cache line more.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::Release};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ahash::AHashMap;
 
+use super::event::{LifeChange, LifeEvent};
 use super::lifecycle::{Cause, Condition, Deadline, DrainTimeout, Life};
 use super::slots::{EndpointSlot, PortSlot, Slots};
+use super::spec::Uid;
 use crate::flow::Header;
 use crate::memory::Region;
 
@@ -87,34 +89,6 @@ impl Standing {
     }
 }
 
-/// Something that happened in an endpoint's life, for logs and metrics.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LifeEvent {
-    /// The endpoint.
-    pub slot: EndpointSlot,
-    /// What happened.
-    pub change: LifeChange,
-    /// Its flows at that moment.
-    pub flows: u32,
-}
-
-/// What happened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LifeChange {
-    /// It is in this phase of its life now.
-    Became(Life),
-    /// Too many opens failed in a row: no new flows for a while.
-    Ejected {
-        /// For how long.
-        interval: Duration,
-    },
-    /// It drains, and its last flow has ended.
-    Drained {
-        /// Since it began to drain.
-        after: Duration,
-    },
-}
-
 /// Events kept for who asks late; older ones are dropped.
 const EVENTS: usize = 4096;
 
@@ -141,8 +115,10 @@ impl Watch {
 }
 
 /// Entries by slot number.
-pub(super) struct Directory {
+pub(crate) struct Directory {
     pub(super) endpoints: Region<EndpointEntry>,
+    /// Who the endpoints are, besides their addresses.
+    pub(super) uids: Region<AtomicU64>,
     pub(super) ports: Region<PortEntry>,
     header: Arc<Region<Header>>,
     watch: Mutex<Watch>,
@@ -156,8 +132,13 @@ pub(super) struct Recovered {
 }
 
 impl Directory {
-    pub(super) fn new(endpoints: Region<EndpointEntry>, ports: Region<PortEntry>, header: Arc<Region<Header>>) -> Self {
-        Self { endpoints, ports, header, watch: Mutex::default() }
+    pub(crate) fn new(
+        endpoints: Region<EndpointEntry>,
+        uids: Region<AtomicU64>,
+        ports: Region<PortEntry>,
+        header: Arc<Region<Header>>,
+    ) -> Self {
+        Self { endpoints, uids, ports, header, watch: Mutex::default() }
     }
 
     /// What the last process left.
@@ -232,16 +213,23 @@ impl Slots {
         self.entry(slot).identity.load(Relaxed)
     }
 
+    /// Who has the slot, besides its address.
+    pub(super) fn uid(&self, slot: EndpointSlot) -> Uid {
+        Uid(self.directory.uids[slot.0 as usize].load(Relaxed))
+    }
+
     /// From now on nothing is written: another process has it all.
     pub(crate) fn release(&self) {
         self.directory.lock().released = true;
     }
 
     /// Gives a slot to an endpoint.
-    pub(super) fn assign_endpoint(&self, slot: EndpointSlot, identity: u64) {
+    pub(super) fn assign_endpoint(&self, slot: EndpointSlot, identity: u64, uid: Uid) {
         let watch = self.directory.lock();
         if !watch.released {
-            self.entry(slot).identity.store(identity, Relaxed);
+            self.directory.uids[slot.0 as usize].store(uid.0, Relaxed);
+            // What has an identity has its uid, whenever the process ends.
+            self.entry(slot).identity.store(identity, Release);
             self.directory.header[0].endpoints_used.fetch_max(slot.0 + 1, Relaxed);
         }
     }
@@ -382,17 +370,4 @@ impl Slots {
 
 fn leaves(life: Life) -> bool {
     life.drains() || matches!(life, Life::Gone(_))
-}
-
-impl LifeChange {
-    /// The reason in a word, for logs and metrics.
-    pub fn reason(self) -> &'static str {
-        match self {
-            Self::Became(Life::Gone(Cause::Terminated)) => "terminated",
-            Self::Became(Life::Gone(Cause::Deadline)) => "deadline",
-            Self::Became(life) => life.name(),
-            Self::Ejected { .. } => "ejected",
-            Self::Drained { .. } => "drained",
-        }
-    }
 }

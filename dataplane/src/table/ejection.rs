@@ -4,7 +4,7 @@
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use super::directory::LifeChange;
+use super::event::LifeChange;
 use super::slots::{EndpointSlot, Slots};
 
 /// The first ejection's length; the n-th takes n times as long.

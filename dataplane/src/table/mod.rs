@@ -5,6 +5,8 @@
 mod build;
 mod directory;
 mod ejection;
+mod event;
+mod holders;
 mod identity;
 pub mod lifecycle;
 mod slots;
@@ -18,8 +20,8 @@ use ipnet::IpNet;
 use serde::Serialize;
 
 pub use build::{Conflict, TableBuilder};
-pub(crate) use directory::{EndpointEntry, PortEntry, Standing};
-pub use directory::{LifeChange, LifeEvent};
+pub(crate) use directory::{Directory, EndpointEntry, PortEntry, Standing};
+pub use event::{LifeChange, LifeEvent};
 pub use identity::{EndpointName, PortName};
 pub use lifecycle::{Condition, Deadline, DrainTimeout, Life};
 pub use slots::{EndpointCounters, EndpointSlot, Failure, PortCounters, PortSlot, PortTotals, Slots, Totals};

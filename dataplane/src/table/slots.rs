@@ -6,11 +6,10 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 
-use crate::flow::Header;
 use crate::memory::Region;
 use crate::net::Direction;
 use crate::table::FrontendKind;
-use crate::table::directory::{Directory, EndpointEntry, PortEntry, Standing};
+use crate::table::directory::{Directory, Standing};
 
 const CHUNK: usize = 1024;
 const CHUNKS: usize = 1024;
@@ -160,18 +159,13 @@ impl Slots {
     /// Slots for this many counting threads, on the heap.
     pub fn new(threads: usize) -> Self {
         let count = Self::CAPACITY as usize;
-        Self::over(threads, Region::heap(count), Region::heap(count), Arc::new(Region::heap(1)))
+        let header = Arc::new(Region::heap(1));
+        Self::over(threads, Directory::new(Region::heap(count), Region::heap(count), Region::heap(count), header))
     }
 
-    /// Slots whose shared part lies in this memory.
-    pub(crate) fn over(
-        threads: usize,
-        endpoints: Region<EndpointEntry>,
-        ports: Region<PortEntry>,
-        header: Arc<Region<Header>>,
-    ) -> Self {
+    /// Slots with this shared part.
+    pub(crate) fn over(threads: usize, directory: Directory) -> Self {
         let thread = || ThreadSlots { endpoints: Slab::new(), ports: Slab::new() };
-        let directory = Directory::new(endpoints, ports, header);
         let slots = Self { threads: (0..threads).map(|_| thread()).collect(), directory };
         slots.recover();
         slots

@@ -65,13 +65,28 @@ pub struct EndpointList {
 }
 
 /// Who an endpoint is, besides its address: with another uid, the same address is another endpoint. Zero is unknown.
+///
+/// Of a Pod it says all there is to say. Of a slice, or unknown, it says nothing of an endpoint that was away: that one is
+/// another when it is back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 pub struct Uid(pub u64);
 
 impl Uid {
+    const OF_SLICE: u64 = 1 << 63;
+
     /// The uid of a text such as `targetRef.uid`, the same in every process.
     pub fn of(text: &str) -> Self {
-        Self(xxhash_rust::xxh3::xxh3_64(text.as_bytes()))
+        Self((xxhash_rust::xxh3::xxh3_64(text.as_bytes()) & !Self::OF_SLICE).max(1))
+    }
+
+    /// That of an endpoint of which only the slice's uid is known.
+    pub fn of_slice(text: &str) -> Self {
+        Self(xxhash_rust::xxh3::xxh3_64(text.as_bytes()) | Self::OF_SLICE)
+    }
+
+    /// Whether it tells who the endpoint is, wherever and whenever it is seen.
+    pub fn is_own(self) -> bool {
+        self.0 != 0 && self.0 & Self::OF_SLICE == 0
     }
 }
 
@@ -166,4 +181,6 @@ pub struct NodeSpec {
     pub service_cidrs: Vec<IpNet>,
     /// Masquerade every flow to a ClusterIP.
     pub masquerade_all: bool,
+    /// Another service proxy serves here too: the node-port range is not ours alone.
+    pub beside: bool,
 }

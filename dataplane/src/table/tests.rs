@@ -122,6 +122,70 @@ fn a_reused_address_is_another_endpoint() {
     assert!(![first, second, third].contains(&fourth), "it was gone");
 }
 
+/// What becomes of an endpoint that has flows: they go on (with its slot, or draining), or it is gone.
+#[test]
+fn who_has_an_address_is_told_by_uid_of_the_pod_or_by_place_and_slice() {
+    let (pod, other_pod) = (Some(Uid::of("pod")), Some(Uid::of("other")));
+    let (slice, other_slice, unknown) =
+        (Some(Uid::of_slice("slice")), Some(Uid::of_slice("other")), Some(Uid::default()));
+    let (stays, drains, gone) = ("ready", "draining", "gone");
+    // Uids that 10.0.0.1:80 has one after the other, and 10.0.0.1:81 at the end.
+    for (what, uids, beside, becomes) in [
+        ("others change", &[pod, pod][..], None, stays),
+        ("a Pod that comes back", &[pod, None, pod], None, stays),
+        ("another Pod at once", &[pod, other_pod], None, gone),
+        ("another Pod later", &[pod, None, other_pod], None, gone),
+        ("another Pod at another port", &[pod, None], other_pod, gone),
+        ("the same Pod at another port", &[pod, None], pod, drains),
+        ("the address in a slice that says no more", &[pod, None], slice, drains),
+        ("of a slice, others change", &[slice, slice], None, stays),
+        ("of a slice, away and back", &[slice, None, slice], None, gone),
+        ("of a slice, away", &[slice, None], None, drains),
+        ("of another slice at once", &[slice, other_slice], None, gone),
+        ("of another slice later", &[slice, None, other_slice], None, gone),
+        ("of a slice, then a Pod", &[slice, pod], None, gone),
+        ("a Pod, then of a slice", &[pod, None, slice], None, gone),
+        ("of a slice, another port", &[slice, None], slice, drains),
+        ("unknown, others change", &[unknown, unknown], None, stays),
+        ("unknown, away and back", &[unknown, None, unknown], None, gone),
+    ] {
+        let slots = Arc::new(Slots::new(1));
+        let mut builder = TableBuilder::new(Arc::clone(&slots));
+        let mut first = None;
+        for (step, uid) in uids.iter().enumerate() {
+            let beside = beside.filter(|_| step + 1 == uids.len()).map(|uid| ("10.0.0.1:81", uid));
+            let other = format!("10.0.0.9:{step}");
+            let named = uid.map(|uid| ("10.0.0.1:80", uid)).into_iter().chain(beside);
+            let named: Vec<_> = named.chain([(other.as_str(), Uid::of("busy"))]).collect();
+            let mut spec = spec("a", 1, "10.96.0.1", &named.iter().map(|(address, _)| *address).collect::<Vec<_>>());
+            spec.ports[0].endpoints.iter_mut().zip(&named).for_each(|(endpoint, (_, uid))| endpoint.uid = *uid);
+            builder.set(spec.clone());
+            first = first.or_else(|| {
+                let slot = builder.endpoint_slot(&spec.name, "http", Protocol::Tcp, "10.0.0.1:80".parse().unwrap());
+                slot.inspect(|slot| slots.flow_opened(*slot))
+            });
+        }
+        assert_eq!(slots.life(first.unwrap()).unwrap().name(), becomes, "{what}");
+    }
+}
+
+#[test]
+fn beside_another_proxy_the_host_is_asked_for_each_node_port() {
+    for beside in [false, true] {
+        let mut builder = TableBuilder::new(Arc::new(Slots::new(1)));
+        builder.set_node(NodeSpec {
+            service_cidrs: vec!["10.96.0.0/16".parse().unwrap()],
+            beside,
+            ..NodeSpec::default()
+        });
+        let before = builder.build().host_version();
+        let mut spec = spec("a", 1, "10.96.0.1", &[]);
+        spec.ports[0].node_port = Some(30000);
+        builder.set(spec);
+        assert_eq!(builder.build().host_version() != before, beside);
+    }
+}
+
 #[test]
 fn the_host_is_asked_only_for_what_is_outside_the_service_ranges() {
     let mut builder = TableBuilder::new(Arc::new(Slots::new(1)));

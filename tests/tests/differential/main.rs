@@ -2,6 +2,7 @@
 //!
 //! `SLUICE_FUZZ_FLOWS` says how many flows, `SLUICE_FUZZ_SEED` which ones.
 
+mod lives;
 mod packets;
 mod shrink;
 mod worlds;
@@ -129,7 +130,7 @@ fn world_agrees(seed: u64, with_packets: bool, seen: &mut BTreeMap<String, u64>)
         if answer != traced(&table, &flow) {
             panic!("{}", disagreement(seed, world, &flow));
         }
-        if let Some(difference) = path.as_mut().and_then(|path| path.difference(&flow, &answer)) {
+        if let Some(difference) = path.as_mut().and_then(|path| path.open(&flow, &answer).err()) {
             panic!("seed {seed}: {flow:?} should be {answer:?}, but the packet was {difference}\n{}", shown(&world));
         }
         let masqueraded = if answer.masquerade { ", masqueraded" } else { "" };

@@ -15,6 +15,21 @@ pub(crate) struct Path {
     shared: Arc<Shared>,
     worker: Worker,
     client_port: u16,
+    /// Time of the packet path's clock, in milliseconds.
+    pub(crate) now_ms: u64,
+}
+
+/// Where a flow's first packet was sent.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sent {
+    /// The client.
+    pub(crate) from: SocketAddr,
+    /// What it dials.
+    pub(crate) to: SocketAddr,
+    /// Who the endpoint takes for the client.
+    pub(crate) seen: SocketAddr,
+    /// The endpoint.
+    pub(crate) endpoint: SocketAddr,
 }
 
 /// Addresses that stand in for clients.
@@ -31,11 +46,11 @@ impl Path {
             seed: 1,
             ..Settings::default()
         });
-        Self { worker: Worker::new(Arc::clone(&shared), 0), shared, client_port: 20_000 }
+        Self { worker: Worker::new(Arc::clone(&shared), 0), shared, client_port: 20_000, now_ms: 1_000_000 }
     }
 
     /// What the table must count in.
-    pub(crate) fn shared(&self) -> &Shared {
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.shared
     }
 
@@ -44,36 +59,63 @@ impl Path {
         self.shared.publish(table);
     }
 
-    /// Sends the first packet of a flow. What of its fate is not what the answer says.
-    pub(crate) fn difference(&mut self, flow: &Flow, answer: &Answer) -> Option<String> {
+    /// Sends the first packet of a flow. Where it went, if to an endpoint, or what of its fate is not what the answer says.
+    pub(crate) fn open(&mut self, flow: &Flow, answer: &Answer) -> Result<Option<Sent>, String> {
         self.client_port += 1;
         let from = SocketAddr::new(flow.client, self.client_port);
         let sent = frame(from, flow);
         let mut frame = sent.clone();
-        let action = self.worker.handle(&mut frame, 1_000_000);
+        let action = self.worker.handle(&mut frame, self.now_ms);
         let found = match action {
-            Action::Discard if answer.outcome == "drop" => return None,
-            Action::Send if answer.outcome == "pass" && frame == sent => return None,
+            Action::Discard if answer.outcome == "drop" => return Ok(None),
+            Action::Send if answer.outcome == "pass" && frame == sent => return Ok(None),
             Action::Answer(length) if answer.outcome == "reject" => {
                 let refusal = self.worker.answer(length)[vnet::LEN..].to_vec();
-                return refusal_is_wrong(&refusal, from, flow);
+                return refusal_is_wrong(&refusal, from, flow).map_or(Ok(None), Err);
             }
             Action::Send if answer.outcome == "forward" => {
-                let packet = Packet::parse(&frame[vnet::LEN..]).ok()?;
-                let endpoint = SocketAddr::new(packet.destination.ip(), packet.destination_port);
-                let source = SocketAddr::new(packet.source.ip(), packet.source_port);
+                let (source, endpoint) = ends(&frame);
                 let masquerade = answer.masquerade || endpoint.ip() == flow.client;
                 let stands_in = MASQUERADE.iter().any(|address| address.parse() == Ok(source.ip()));
                 let source_is_right = if masquerade { stands_in } else { source == from };
                 if answer.endpoints.contains(&endpoint.to_string()) && source_is_right && frame.len() == sent.len() {
-                    return None;
+                    return Ok(Some(Sent { from, to: flow.to, seen: source, endpoint }));
                 }
                 format!("sent from {source} to {endpoint}")
             }
             other => format!("{other:?}"),
         };
-        Some(format!("{found}; drops: {:?}", self.shared.drops()))
+        Err(format!("{found}; drops: {:?}", self.shared.drops()))
     }
+
+    /// Sends a TCP segment that is no SYN, or is an answer to one. Where it went, or `None` when it was answered with a RST.
+    pub(crate) fn segment(
+        &mut self,
+        from: SocketAddr,
+        to: SocketAddr,
+        is_syn: bool,
+    ) -> Option<(SocketAddr, SocketAddr)> {
+        let mut frame = vec![0; vnet::LEN];
+        let step = ip(from.ip(), to.ip()).tcp(from.port(), to.port(), 1001, 64000).ack(1001);
+        let step = if is_syn { step.syn() } else { step };
+        step.write(&mut frame, b"").expect("a Vec takes all");
+        match self.worker.handle(&mut frame, self.now_ms) {
+            Action::Send => Some(ends(&frame)),
+            Action::Answer(length) => {
+                let packet = Packet::parse(&self.worker.answer(length)[vnet::LEN..]).expect("ours").transport;
+                assert!(matches!(packet, Transport::Tcp(tcp) if tcp.rst), "{packet:?}");
+                None
+            }
+            other => panic!("{other:?}; drops: {:?}", self.shared.drops()),
+        }
+    }
+}
+
+/// Source and destination of a frame of ours.
+fn ends(frame: &[u8]) -> (SocketAddr, SocketAddr) {
+    let packet = Packet::parse(&frame[vnet::LEN..]).expect("what is sent on is a packet");
+    let source = SocketAddr::new(packet.source.ip(), packet.source_port);
+    (source, SocketAddr::new(packet.destination.ip(), packet.destination_port))
 }
 
 /// A RST from the frontend for TCP, else ICMP port unreachable.

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use sluice_dataplane::table::Condition;
+use sluice_dataplane::table::{Condition, Uid};
 
 use crate::resolve::Rules;
 use crate::resolve::testing::{endpoint, fields, port, resolved, resolved_by, rules, service, slice, slice_of, text};
@@ -55,6 +55,26 @@ fn a_nameless_port_of_a_slice_is_unnamed_where_defaults_are_filled_in() {
     let count = |rules: &Rules| resolved_by(&web, &slices, rules).spec.unwrap().ports[0].cluster.addresses.len();
     assert_eq!(count(&rules()), 0);
     assert_eq!(count(&Rules { fill_in_defaults: true, ..rules() }), 1);
+}
+
+#[test]
+fn an_endpoint_is_known_by_the_uid_of_its_pod_or_else_of_its_slice() {
+    for (pod, slice, known) in [
+        (Some("p"), Some("s"), Uid::of("p")),
+        (Some("p"), None, Uid::of("p")),
+        (None, Some("s"), Uid::of_slice("s")),
+        (None, None, Uid::default()),
+    ] {
+        let mut object = slice_of(&["10.0.0.1"]);
+        object["endpoints"][0]["targetRef"] = json!({"kind": "Pod", "name": "web-1", "uid": pod});
+        object["metadata"]["uid"] = json!(slice);
+        // That the slice changes, or other endpoints in it, is nothing to this one.
+        for generation in 1..3 {
+            object["metadata"]["generation"] = json!(generation);
+            let spec = port(&service(json!({})), std::slice::from_ref(&object)).endpoints[0];
+            assert_eq!(spec.uid, known, "{pod:?} {slice:?}");
+        }
+    }
 }
 
 #[test]

@@ -37,7 +37,10 @@ impl Watched for Service {
 
 impl Watched for EndpointSlice {
     fn slim(mut self) -> Object {
+        // Who its endpoints are that do not say so themselves.
+        let uid = self.metadata.uid.take();
         slim(&mut self.metadata);
+        self.metadata.uid = uid;
         Object::EndpointSlice(Arc::new(self))
     }
 }
@@ -89,7 +92,7 @@ mod tests {
                 "managedFields": [{"manager": "m"}], "annotations": annotations})
         };
         let slimmed = json!({"name": "a", "namespace": "n", "labels": {"l": "1"}, "creationTimestamp": "2026-01-01T00:00:00Z",
-            "deletionTimestamp": "2026-01-02T00:00:00Z",
+            "deletionTimestamp": "2026-01-02T00:00:00Z", "uid": "u",
             "annotations": {"sluice.dev/retry": "off", TRIGGER_TIME: "2026-01-01T00:00:00Z"}});
         let annotations =
             json!({"sluice.dev/retry": "off", TRIGGER_TIME: "2026-01-01T00:00:00Z", "kubectl/last": "{}"});

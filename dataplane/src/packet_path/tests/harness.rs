@@ -41,6 +41,7 @@ impl Path {
 
     pub(super) fn over(shared: Arc<Shared>) -> Self {
         let mut builder = TableBuilder::new(Arc::clone(&shared.slots));
+        builder.inherit(shared.flows().map(|flow| (flow.endpoint.ip(), flow.endpoint_slot)));
         builder.set_node(NodeSpec {
             addresses: vec![NODE.parse().unwrap()],
             node_port_addresses: vec![NODE.parse().unwrap()],

@@ -99,7 +99,7 @@ fn what_happened_meanwhile_is_made_up_for() {
     // The second and third Pod were there, and which flows are left when they are not, or when another has the address.
     for (third, uids, resets) in [
         (Condition::Ready, [1, 2, 0], 0),
-        (Condition::Ready, [1, 2, 4], 0),
+        (Condition::Ready, [1, 2, 4], 2),
         (Condition::Terminating { serving: true }, [1, 2, 0], 2),
         (Condition::Terminating { serving: true }, [1, 2, 4], 2),
     ] {
@@ -121,6 +121,46 @@ fn what_happened_meanwhile_is_made_up_for() {
         assert_eq!(is_reset(&first_pods_byte.2), resets > 0);
         path.now_ms += 60_001;
         assert_eq!(path.keep().len(), 2 - resets, "the drain timeout was known");
+    }
+}
+
+/// Who had an address when the process ended, whether it had left by then, and who has it at the next start.
+#[test]
+fn an_address_that_changed_hands_meanwhile_inherits_nothing() {
+    let (pod, other, slice) = (Uid::of("pod"), Uid::of("other"), Uid::of_slice("slice"));
+    for (before, had_left, now, goes_on) in [
+        (pod, false, Some(pod), true),
+        (pod, true, Some(pod), true),
+        (pod, true, None, true),
+        (pod, false, Some(other), false),
+        (pod, true, Some(other), false),
+        (pod, false, Some(slice), false),
+        (slice, false, Some(slice), true),
+        (slice, true, Some(slice), false),
+        (slice, false, Some(Uid::of_slice("another")), false),
+        (slice, true, Some(pod), false),
+        (Uid::default(), false, Some(Uid::default()), true),
+        (Uid::default(), true, Some(Uid::default()), false),
+    ] {
+        let what = format!("{before:?} {had_left} {now:?}");
+        let place = place();
+        let mut path = place.start();
+        let endpoint = |uid| EndpointSpec { uid, ..EndpointSpec::ready(socket(PODS[0])) };
+        path.serve_all(Protocol::Tcp, vec![endpoint(before)]);
+        path.connect(CLIENT, FRONTEND);
+        if had_left {
+            path.serve_all(Protocol::Tcp, pods(&[0, 2]));
+            path.keep();
+        }
+        let now_ms = path.now_ms;
+        drop(path);
+        let mut path = place.start();
+        path.now_ms = now_ms;
+        path.serve_all(Protocol::Tcp, now.map(endpoint).into_iter().chain(pods(&[0, 2])).collect());
+        path.builder.synced();
+        let (_, to, packet, _) = path.tcp(CLIENT, FRONTEND, "A").unwrap();
+        assert_eq!((to == socket(PODS[0]), is_reset(&packet)), (goes_on, !goes_on), "{what}");
+        assert_eq!(path.keep().len(), if goes_on { 0 } else { 2 }, "{what}: both ends learn it");
     }
 }
 
