@@ -96,6 +96,9 @@ fn pass_on(client: TcpStream, ns: &NetNs, server: SocketAddr, shared: &Arc<Mutex
     let ends = [client.try_clone()?, server.try_clone()?];
     {
         let mut state = lock(shared);
+        if state.manner != manner {
+            return Ok(());
+        }
         state.open.retain(|stream| stream.peer_addr().is_ok());
         state.open.extend(ends);
     }

@@ -1,11 +1,12 @@
 //! The Kubernetes API as source: what kube-proxy watches, listed and watched, as the updates that a folder gives.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -50,11 +51,11 @@ pub async fn watch(options: Options, updates: mpsc::Sender<Update>) {
     let (sender, mut events) = mpsc::channel(QUEUE);
     let mut followers = JoinSet::new();
     let [services, slices, node, cidrs] = queries(&options);
-    let access = &options.access;
-    followers.spawn(follow::<Service>(access.clone(), services, sender.clone()));
-    followers.spawn(follow::<EndpointSlice>(access.clone(), slices, sender.clone()));
-    followers.spawn(follow::<Node>(access.clone(), node, sender.clone()));
-    followers.spawn(follow::<ServiceCIDR>(access.clone(), cidrs, sender));
+    let (access, reached) = (&options.access, Arc::new(Notify::new()));
+    followers.spawn(follow::<Service>(access.clone(), services, sender.clone(), Arc::clone(&reached)));
+    followers.spawn(follow::<EndpointSlice>(access.clone(), slices, sender.clone(), Arc::clone(&reached)));
+    followers.spawn(follow::<Node>(access.clone(), node, sender.clone(), Arc::clone(&reached)));
+    followers.spawn(follow::<ServiceCIDR>(access.clone(), cidrs, sender, reached));
     let mut assembly = Assembly::default();
     let mut deadline = None;
     loop {

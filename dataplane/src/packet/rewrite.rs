@@ -29,6 +29,10 @@ const SCTP_CHECKSUM: usize = 8;
 /// `packet` must be the view of these very bytes, in the family of the translation.
 pub fn rewrite(bytes: &mut [u8], packet: &Packet, partial: bool, to: &Translation) {
     let addresses = write_addresses(bytes, packet, to);
+    if packet.transport == Transport::Fragment {
+        // The first has the ports, and the checksum of the whole.
+        return;
+    }
     let at = packet.transport_at;
     let ports = write_ports(bytes, packet, to);
     match packet.transport {

@@ -1,6 +1,8 @@
 //! A checked view over an IP packet: every length is verified once, here; nothing behind it can read out of bounds.
 
-use etherparse::{IpNumber, Ipv4HeaderSlice, Ipv6ExtensionsSlice, Ipv6HeaderSlice, TcpHeaderSlice, UdpHeaderSlice};
+use etherparse::{
+    IpNumber, Ipv4HeaderSlice, Ipv6ExtensionSlice, Ipv6ExtensionsSlice, Ipv6HeaderSlice, TcpHeaderSlice, UdpHeaderSlice,
+};
 
 use crate::flow::{Address, FlowKey};
 use crate::net::{Family, Protocol};
@@ -47,7 +49,7 @@ pub enum Transport {
     Sctp,
     /// ICMP or ICMPv6, with its type.
     Icmp(u8),
-    /// A fragment: its transport header is missing or incomplete.
+    /// A fragment without transport header, or the first of what can only be translated as a whole.
     Fragment,
     /// Anything else.
     Other,
@@ -72,6 +74,17 @@ pub struct Tcp {
     pub length: u32,
 }
 
+/// Which part a fragment is, and of what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fragment {
+    /// What its sender calls the whole.
+    pub id: u32,
+    /// Number of the protocol that the whole carries.
+    pub protocol: u8,
+    /// It has the transport header.
+    pub is_first: bool,
+}
+
 /// A parsed packet: facts and offsets, no borrow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packet {
@@ -87,6 +100,8 @@ pub struct Packet {
     pub destination_port: u16,
     /// What it carries.
     pub transport: Transport,
+    /// When it is a fragment.
+    pub fragment: Option<Fragment>,
     /// Offset of the transport header in bytes.
     pub transport_at: usize,
     /// Length by the IP header in bytes.
@@ -100,7 +115,9 @@ impl Packet {
         if packet.length > bytes.len() {
             return Err(Malformed::IpLength);
         }
-        if packet.transport == Transport::Fragment {
+        // A checksum that is no sum (SCTP, RFC 9260) can only be made anew over the whole.
+        let is_translatable = |part: &Fragment| part.is_first && matches!(number, IpNumber::TCP | IpNumber::UDP);
+        if packet.fragment.as_ref().is_some_and(|part| !is_translatable(part)) {
             return Ok(packet);
         }
         let body = &bytes[packet.transport_at..packet.length];
@@ -146,7 +163,7 @@ impl Packet {
         };
         packet.set_ports(u16::from_be_bytes([ports[0], ports[1]]), u16::from_be_bytes([ports[2], ports[3]]));
         packet.transport = match (packet.transport, number) {
-            (Transport::Fragment, _) => Transport::Fragment,
+            _ if packet.fragment.is_some_and(|part| !part.is_first) => Transport::Fragment,
             (_, IpNumber::TCP) => Transport::Tcp(Tcp {
                 syn: false,
                 ack: false,
@@ -173,7 +190,12 @@ impl Packet {
                     return Err(Malformed::IpLength);
                 }
                 let [source, destination] = [Address::from_v4(ip.source()), Address::from_v4(ip.destination())];
-                Ok((Self::new(Family::V4, source, destination, at, length, ip.is_fragmenting_payload()), ip.protocol()))
+                let fragment = ip.is_fragmenting_payload().then(|| Fragment {
+                    id: ip.identification().into(),
+                    protocol: ip.protocol().0,
+                    is_first: ip.fragments_offset().value() == 0,
+                });
+                Ok((Self::new(Family::V4, source, destination, at, length, fragment), ip.protocol()))
             }
             Some(6) => {
                 let ip = Ipv6HeaderSlice::from_slice(bytes).map_err(|_| Malformed::IpHeader)?;
@@ -186,17 +208,32 @@ impl Packet {
                 if source.is_v4() || destination.is_v4() {
                     return Err(Malformed::Address);
                 }
-                let fragment = extensions.is_fragmenting_payload();
+                let header = extensions.into_iter().find_map(|extension| match extension {
+                    Ipv6ExtensionSlice::Fragment(header) if header.is_fragmenting_payload() => Some(header),
+                    _ => None,
+                });
+                let fragment = header.map(|header| Fragment {
+                    id: header.identification(),
+                    protocol: number.0,
+                    is_first: header.fragment_offset().value() == 0,
+                });
                 Ok((Self::new(Family::V6, source, destination, at, length, fragment), number))
             }
             _ => Err(Malformed::Version),
         }
     }
 
-    fn new(family: Family, source: Address, destination: Address, at: usize, length: usize, fragment: bool) -> Self {
-        let transport = if fragment { Transport::Fragment } else { Transport::Other };
+    fn new(
+        family: Family,
+        source: Address,
+        destination: Address,
+        transport_at: usize,
+        length: usize,
+        fragment: Option<Fragment>,
+    ) -> Self {
+        let transport = if fragment.is_some() { Transport::Fragment } else { Transport::Other };
         let (source_port, destination_port) = (0, 0);
-        Self { family, source, destination, source_port, destination_port, transport, transport_at: at, length }
+        Self { family, source, destination, source_port, destination_port, transport, fragment, transport_at, length }
     }
 
     fn set_ports(&mut self, source: u16, destination: u16) {

@@ -9,7 +9,7 @@ use crate::packet::Malformed;
 pub enum Drop {
     /// It is no packet.
     Malformed(Malformed),
-    /// A fragment that the kernel did not reassemble: its ports are missing.
+    /// A fragment without ports whose first one is not known, or is translated as a whole or not at all (SCTP).
     Fragment,
     /// A rule says so: source range, no local endpoint, unallocated address of a Service range.
     Rule,

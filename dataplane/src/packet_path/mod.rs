@@ -1,6 +1,7 @@
 //! The packet path: TUN queues, one plain thread for each, and the step that turns one packet into another.
 
 mod drops;
+mod fragments;
 mod keeper;
 mod namespace;
 mod opening;

@@ -12,6 +12,7 @@ use crate::flow::{
 };
 use crate::memory::Region;
 use crate::packet_path::drops::{Drop, Drops};
+use crate::packet_path::fragments::Fragments;
 use crate::packet_path::opens::Opens;
 use crate::select::{Affinity, Selection};
 use crate::table::{Directory, EndpointSlot, RoutingTable, Slots};
@@ -57,6 +58,7 @@ pub struct Shared {
     pub(super) flows: FlowTable,
     pub(super) affinity: Affinity,
     pub(super) opens: Opens,
+    pub(super) fragments: Fragments,
     pub(super) drops: Box<[Drops]>,
     pub(super) settings: Settings,
     header: Arc<Region<Header>>,
@@ -95,6 +97,7 @@ impl Shared {
             flows,
             affinity,
             opens: Opens::new(settings.flow_capacity),
+            fragments: Fragments::new(),
             table: Arc::new(ArcSwap::from_pointee(RoutingTable::default())),
             drops: (0..settings.workers).map(|_| Drops::default()).collect(),
             slots,

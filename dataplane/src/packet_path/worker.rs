@@ -12,6 +12,7 @@ use crate::net::{Direction, Protocol};
 use crate::packet::view::{Packet, Tcp, Transport};
 use crate::packet::{icmp, reply, rewrite, vnet};
 use crate::packet_path::drops::Drop;
+use crate::packet_path::fragments::Fate;
 use crate::packet_path::opening::Opening;
 use crate::packet_path::shared::Shared;
 use crate::select::select;
@@ -75,7 +76,7 @@ impl Worker {
             Transport::Sctp => self.of_flow(bytes, &packet, Protocol::Sctp, None, partial, now_ms),
             Transport::Icmp(kind) if icmp::is_error(packet.family, kind) => self.icmp_error(bytes, &packet, now_ms),
             Transport::Icmp(_) | Transport::Other => self.without_ports(bytes, &packet),
-            Transport::Fragment => Err(Drop::Fragment),
+            Transport::Fragment => self.fragment(bytes, &packet, now_ms),
         }
     }
 
@@ -103,15 +104,38 @@ impl Worker {
                 over.inspect(|(_, over)| self.shared.flows.close(over));
                 match self.open(bytes, packet, &key, tcp, partial, now_ms)? {
                     Opened::Flow(hit) => hit,
-                    Opened::Not(action) => return Ok(action),
+                    Opened::Not(action) => {
+                        if action == Action::Send {
+                            self.shared.fragments.keep(packet, Fate::Pass, now_ms);
+                        }
+                        return Ok(action);
+                    }
                 }
             }
         };
+        self.shared.fragments.keep(packet, Fate::Flow(key), now_ms);
         let flows = &self.shared.flows;
         rewrite::rewrite(bytes, packet, partial, &hit.fields().translation(hit.direction, flows.masquerade()));
         match tcp {
             Some(tcp) => flows.see_tcp(&hit, &tcp, packet.length, now_ms),
             None => flows.see_datagram(&hit, packet.length, now_ms),
+        }
+        self.count_traffic(&hit, packet.length);
+        Ok(Action::Send)
+    }
+
+    /// A later fragment goes where the first went.
+    fn fragment(&mut self, bytes: &mut [u8], packet: &Packet, now_ms: u64) -> Result<Action, Drop> {
+        let key = match self.shared.fragments.find(packet, now_ms) {
+            Some(Fate::Flow(key)) => key,
+            Some(Fate::Pass) => return Ok(Action::Send),
+            None => return Err(Drop::Fragment),
+        };
+        let flows = &self.shared.flows;
+        let hit = flows.find(&key).ok_or(Drop::Fragment)?;
+        rewrite::rewrite(bytes, packet, false, &hit.fields().translation(hit.direction, flows.masquerade()));
+        if key.protocol == Protocol::Udp {
+            flows.see_datagram(&hit, packet.length, now_ms);
         }
         self.count_traffic(&hit, packet.length);
         Ok(Action::Send)

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 const FIRST: Duration = Duration::from_millis(200);
 /// Nobody is there: an attempt costs nobody anything, and who comes back is to be met soon.
-const UNREACHED_LIMIT: Duration = Duration::from_secs(2);
+const UNREACHED_LIMIT: Duration = Duration::from_millis(1500);
 /// The server answers, but not as wanted.
 const REFUSED_LIMIT: Duration = Duration::from_secs(30);
 /// Most that a server's own word is heeded.
@@ -58,7 +58,7 @@ mod tests {
         let delays: Vec<u128> = (0..10).map(|_| backoff.next(true, None, 1.0).as_millis()).collect();
         assert_eq!(delays, [200, 400, 800, 1600, 3200, 6400, 12800, 25600, 30000, 30000]);
         let delays: Vec<u128> = (0..6).map(|_| backoff.next(false, None, 1.0).as_millis()).collect();
-        assert_eq!(delays, [200, 400, 800, 1600, 2000, 2000]);
+        assert_eq!(delays, [200, 400, 800, 1500, 1500, 1500]);
         assert_eq!(backoff.next(false, None, 0.0), UNREACHED_LIMIT / 2);
         backoff.reset();
         assert_eq!(backoff.next(true, Some(Duration::from_secs(5)), 1.0), Duration::from_millis(5200));

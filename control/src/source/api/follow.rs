@@ -1,11 +1,12 @@
 //! One resource: list it in pages, watch it from there, go on after whatever happens.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use kube::Api;
 use kube::api::{ListParams, WatchEvent, WatchParams};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, timeout};
 
 use super::access::Access;
@@ -53,12 +54,18 @@ enum Ended {
     Unheard,
 }
 
-/// Tells of one resource until nobody receives.
-pub(super) async fn follow<K: Watched>(access: Access, query: Query, events: mpsc::Sender<Event>) {
+/// Tells of one resource until nobody receives. `reached`: who meets the server tells all others that look for it.
+pub(super) async fn follow<K: Watched>(
+    access: Access,
+    query: Query,
+    events: mpsc::Sender<Event>,
+    reached: Arc<Notify>,
+) {
     let mut follower = Follower {
         access,
         query,
         events,
+        reached: Arc::clone(&reached),
         client: None,
         version: None,
         begun: None,
@@ -80,11 +87,19 @@ pub(super) async fn follow<K: Watched>(access: Access, query: Query, events: mps
             Ok(Ended::Watch) if is_settled => Duration::ZERO,
             Ok(Ended::Watch) => backoff.next(true, None, fastrand::f64()),
             Err(failure) => {
-                let delay = backoff.next(failure.code.is_some(), failure.retry_after, fastrand::f64());
+                let is_reached = failure.code.is_some();
+                let delay = backoff.next(is_reached, failure.retry_after, fastrand::f64());
                 if !follower.fail(failure).await {
                     return;
                 }
-                delay
+                if is_reached {
+                    reached.notify_waiters();
+                    delay
+                } else {
+                    // Either is the time to try.
+                    let _ = timeout(delay, reached.notified()).await;
+                    Duration::ZERO
+                }
             }
         };
         tokio::time::sleep(delay).await;
@@ -95,6 +110,7 @@ struct Follower {
     access: Access,
     query: Query,
     events: mpsc::Sender<Event>,
+    reached: Arc<Notify>,
     client: Option<kube::Client>,
     /// What the objects told of are as of; none: they are to be listed.
     version: Option<String>,
@@ -208,6 +224,7 @@ impl Follower {
     }
 
     fn recover(&mut self) {
+        self.reached.notify_waiters();
         if std::mem::take(&mut self.is_logged) {
             tracing::info!(resource = self.query.resource, "the API server answers again");
         }

@@ -1,6 +1,7 @@
 //! The step of a packet thread, packet by packet, without a kernel.
 
 mod drain;
+mod fragments;
 mod harness;
 mod random;
 mod restart;
