@@ -5,6 +5,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ahash::AHashSet;
+use jiff::Timestamp;
+use sluice_dataplane::dns::Zone;
 use sluice_dataplane::table::{
     Deadline, EndpointSlot, NodeSpec, RoutingTable, ServiceName, ServiceSpec, Slots, TableBuilder,
 };
@@ -14,6 +16,7 @@ use crate::config::Config;
 use crate::drains::{Drains, Target};
 use crate::health_check::HealthCheck;
 use crate::local::LocalControllers;
+use crate::names::Names;
 use crate::node::NodeFacts;
 use crate::object::{SERVICE_NAME_LABEL, name_of, service_of};
 use crate::problem::{Origin, Problem};
@@ -35,6 +38,7 @@ pub struct Publisher {
     service_problems: BTreeMap<ServiceName, Vec<Problem>>,
     health_checks: BTreeMap<ServiceName, HealthCheck>,
     drains: Drains,
+    names: Option<Names>,
 }
 
 impl Publisher {
@@ -63,6 +67,7 @@ impl Publisher {
             service_problems: BTreeMap::new(),
             health_checks: BTreeMap::new(),
             drains: Drains::default(),
+            names: config.dns.as_ref().map(Names::new),
             config,
         };
         publisher.learn_node();
@@ -78,6 +83,9 @@ impl Publisher {
             None => update.changes,
         };
         let touched = self.store.apply(changes);
+        if let Some(names) = &mut self.names {
+            names.update(&self.store, &touched, |_| Vec::new());
+        }
         self.resolve(touched).then(|| self.builder.build())
     }
 
@@ -85,6 +93,7 @@ impl Publisher {
     /// `flows`: where those of an earlier process go.
     pub fn first(&mut self, update: Update, flows: impl Iterator<Item = (IpAddr, EndpointSlot)>) -> Arc<RoutingTable> {
         self.update(update);
+        self.names.as_mut().map(Names::synced);
         self.builder.synced();
         self.builder.inherit(flows);
         self.builder.build()
@@ -117,6 +126,11 @@ impl Publisher {
         self.interfaces = interfaces;
         let touched = Touched { nodes: BTreeSet::from([self.node.name.clone()]), ..Touched::default() };
         self.resolve(touched).then(|| self.builder.build())
+    }
+
+    /// The zone, when it has changed since it was last asked for. `now` becomes its serial number.
+    pub fn zone(&mut self, now: Timestamp) -> Option<Arc<Zone>> {
+        self.names.as_mut()?.build(now)
     }
 
     /// The table of what is known now.

@@ -2,6 +2,7 @@
 
 pub mod cluster;
 pub mod control_plane;
+pub mod dns;
 pub mod http;
 pub mod lab;
 pub mod manifests;

@@ -16,6 +16,7 @@ pub mod drain;
 pub mod get;
 pub mod offline;
 mod report;
+pub mod resolve;
 pub mod run;
 pub mod trace;
 
@@ -49,6 +50,8 @@ enum Command {
     Get(get::Args),
     /// Say what happens to a new connection, and by which rule
     Trace(trace::Args),
+    /// Say what a name is answered with
+    Resolve(resolve::Args),
     /// Give an endpoint no new flows and let those it has end
     Drain(drain::Args),
     /// Give a drained endpoint new flows again
@@ -73,6 +76,7 @@ pub fn main() -> ExitCode {
         Command::Check(args) => check::run(args),
         Command::Get(args) => get::run(args),
         Command::Trace(args) => trace::run(args),
+        Command::Resolve(args) => resolve::run(args),
         Command::Drain(args) => drain::drain(args),
         Command::Undrain(args) => drain::undrain(args),
         Command::Cleanup(args) => cleanup::run(args),

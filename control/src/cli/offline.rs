@@ -23,6 +23,6 @@ pub fn load(mut config: Config, manifests: &Path) -> Publisher {
         config.node_name = Some(only.unwrap_or_default());
     }
     let mut publisher = Publisher::new(config, Vec::new(), Arc::new(Slots::new(1)));
-    publisher.update(update);
+    publisher.first(update, std::iter::empty());
     publisher
 }

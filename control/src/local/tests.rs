@@ -43,7 +43,7 @@ impl Cluster {
     }
 
     fn delete(&mut self, kind: Kind, name: &str) -> Vec<String> {
-        self.take(vec![Change::Delete(Key { kind, name: ServiceName::new("default", name) })])
+        self.take(vec![Change::Delete(Key::new(kind, ServiceName::new("default", name)))])
     }
 
     fn take(&mut self, changes: Vec<Change>) -> Vec<String> {

@@ -7,6 +7,7 @@ mod draining;
 mod endpoints;
 mod frontends;
 mod load_balancer;
+pub mod names;
 mod node_port;
 mod problems;
 #[cfg(test)]
