@@ -24,7 +24,8 @@ use crate::node::NodeFacts;
 use crate::publish::Publisher;
 use crate::source::{Feed, Source, Update};
 use crate::state::State;
-use crate::{admin, lives};
+use crate::upstream::Upstreams;
+use crate::{admin, lives, responder};
 
 /// How often the host is looked at for what others changed.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
@@ -47,8 +48,10 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
     // Open before another daemon lets go: packets wait here meanwhile.
     let tun = open_link(&host, settings.workers).await?;
     let shared = open_flows(settings.clone(), &config.state_dir)?;
-    let publisher = publisher(&config, &interfaces, &shared);
-    let state = Arc::new(State::new(Arc::clone(&shared), config, publisher));
+    let mut publisher = publisher(&config, &interfaces, &shared);
+    let upstreams = config.dns.as_ref().map(Upstreams::new).transpose()?.flatten();
+    let names = responder::answerer(&config, &mut publisher, upstreams.clone());
+    let state = Arc::new(State::new(Arc::clone(&shared), config, publisher, names, upstreams));
     state.apply_first(first);
     lives::forget(&state);
     let path = PacketPath::start(tun, Arc::clone(&shared)).context("cannot start the packet threads")?;
@@ -67,8 +70,10 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
         interfaces,
         planned: None,
     };
-    let served = match daemon.set_up_host().await {
-        Ok(()) => daemon.serve(feed, &path).await,
+    // Names are answered at an address that the host may get only now.
+    let set_up = daemon.set_up_host().await.and_then(|()| responder::start(&daemon.state));
+    let served = match set_up {
+        Ok(_responder) => daemon.serve(feed, &path).await,
         Err(error) => Err(error),
     };
     let _ = sd_notify::notify(&[NotifyState::Stopping]);

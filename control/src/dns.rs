@@ -4,7 +4,8 @@ use std::fmt;
 
 use hickory_resolver::proto::rr::{Name, RecordType};
 use serde::{Deserialize, Serialize};
-use sluice_dataplane::dns::{Answer, Owner, Question, Record};
+use sluice_dataplane::dns::{Answer, Answerer, Owner, Question, Record};
+use tokio::sync::oneshot;
 
 /// An answer as `resolve -o json` prints it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,6 +62,38 @@ pub fn code(answer: &Answer) -> &'static str {
         ResponseCode::BADVERS => "BADVERS",
         _ => "OTHER",
     }
+}
+
+/// A question to the admin API.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Asked {
+    /// The name.
+    pub name: String,
+    /// Type of records.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Namespace of the Pod whose search path is walked.
+    pub from: Option<String>,
+}
+
+/// Asks a responder as its clients do. Of a search path, the first answer that is one counts, or else the first of all.
+pub async fn ask(names: &Answerer, asked: &Asked) -> Result<Resolved, String> {
+    let zone = names.zone();
+    let primary = zone.spec().zones.first().map_or("", String::as_str);
+    let mut first = None;
+    for question in questions(&asked.name, &asked.kind, asked.from.as_deref(), primary)? {
+        let (sender, receiver) = oneshot::channel();
+        // Who asked may be gone.
+        let then = Box::new(move |answer| drop(sender.send(answer)));
+        names.resolve(&question, &mut fastrand::Rng::new(), then);
+        let answer: Answer = receiver.await.map_err(|_| "the question was lost".to_owned())?;
+        let resolved = Resolved::new(&question, &answer);
+        if !answer.answers.is_empty() {
+            return Ok(resolved);
+        }
+        first.get_or_insert(resolved);
+    }
+    first.ok_or_else(|| "there is no question".to_owned())
 }
 
 /// Reads a question. `namespace`: the name is one of a Pod there; all that its search path would try come out, in order.

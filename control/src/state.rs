@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use jiff::Timestamp;
+use sluice_dataplane::dns::Answerer;
 use sluice_dataplane::packet_path::Shared;
 use sluice_dataplane::table::{Deadline, RoutingTable};
 
@@ -13,6 +14,7 @@ use crate::drains::Target;
 use crate::problem::{Origin, Problem};
 use crate::publish::Publisher;
 use crate::source::Update;
+use crate::upstream::Upstreams;
 
 /// What the admin API shows.
 pub struct State {
@@ -23,6 +25,10 @@ pub struct State {
     /// Since when an update waits to be applied, and when the last one was.
     pub progress: Mutex<Progress>,
     publisher: Mutex<Publisher>,
+    /// Who answers names; nobody unless configured.
+    pub names: Option<Arc<Answerer>>,
+    /// Who is asked for names that are not ours.
+    pub upstreams: Option<Arc<Upstreams>>,
     /// What is wrong with health check ports.
     pub health_problems: Mutex<Vec<Problem>>,
     /// Problems that the log has told of.
@@ -40,13 +46,21 @@ pub struct Progress {
 
 impl State {
     /// State in which nothing has happened yet.
-    pub(crate) fn new(shared: Arc<Shared>, config: Config, publisher: Publisher) -> Self {
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        config: Config,
+        publisher: Publisher,
+        names: Option<Arc<Answerer>>,
+        upstreams: Option<Arc<Upstreams>>,
+    ) -> Self {
         let progress = Progress { pending_since: None, last_applied: Timestamp::now() };
         Self {
             shared,
             config,
             progress: Mutex::new(progress),
             publisher: Mutex::new(publisher),
+            names,
+            upstreams,
             health_problems: Mutex::default(),
             said: Mutex::default(),
         }
@@ -69,6 +83,7 @@ impl State {
         let mut publisher = self.publisher();
         let table = publisher.update(update);
         let table = self.publish(table, begun);
+        self.publish_names(&mut publisher);
         self.save(&mut publisher);
         table
     }
@@ -80,6 +95,7 @@ impl State {
         let mut publisher = self.publisher();
         let table = publisher.first(update, flows);
         self.publish(Some(table), begun);
+        self.publish_names(&mut publisher);
         self.save(&mut publisher);
     }
 
@@ -93,6 +109,14 @@ impl State {
         let (known, table) = self.publisher().set_drain(target, until)?;
         self.publish(table, begun);
         Ok(known)
+    }
+
+    /// Swaps the zone, when there is another. The packet path has been told first: a name never leads where nobody is.
+    fn publish_names(&self, publisher: &mut Publisher) {
+        let Some(names) = &self.names else { return };
+        if let Some(zone) = publisher.zone(Timestamp::now()) {
+            names.publish(zone);
+        }
     }
 
     fn save(&self, publisher: &mut Publisher) {

@@ -133,7 +133,8 @@ async fn source(config: &Config, access: Option<Access>, manifests: Option<PathB
     access.client().await.map_err(|error| ConfigError::new("access to the API server", format!("{error:#}")))?;
     let (node_name, service_proxy_name) = (config.node_name(), config.service_proxy_name.clone());
     let (node_patience, silence) = (api::NODE_PATIENCE, api::SILENCE);
-    Ok(Source::Api(api::Options { access, node_name, service_proxy_name, node_patience, silence }))
+    let names = config.dns.as_ref().map(|dns| dns.pods);
+    Ok(Source::Api(api::Options { access, node_name, service_proxy_name, names, node_patience, silence }))
 }
 
 /// What the daemon would serve, as `sluice check` says it, of the first update alone.

@@ -84,6 +84,11 @@ impl Dns {
         if self.ttl.subsec_nanos() != 0 {
             return Err("dns.ttl: use whole seconds".to_owned());
         }
+        if let Some(any) = self.listen.iter().find(|address| address.ip().is_unspecified()) {
+            return Err(format!(
+                "dns.listen: {any}: name the address: an answer must come from where the question went"
+            ));
+        }
         if self.zones.is_empty() {
             return Err("dns.zones: name at least one, such as cluster.local".to_owned());
         }
@@ -101,7 +106,6 @@ impl Dns {
     /// The zone's part.
     #[must_use]
     pub fn zone(&self) -> ZoneSpec {
-        let listen = self.listen.iter().map(SocketAddr::ip).filter(|address| !address.is_unspecified());
         ZoneSpec {
             zones: self.zones.iter().map(|zone| zone.trim_end_matches('.').to_owned()).collect(),
             ttl: self.ttl,
@@ -109,7 +113,7 @@ impl Dns {
             namespaces: self.namespaces.clone(),
             ignore_empty_service: self.ignore_empty_service,
             fall_through: self.fall_through.clone(),
-            listen: listen.collect(),
+            listen: self.listen.iter().map(SocketAddr::ip).collect(),
         }
     }
 }

@@ -63,6 +63,7 @@ impl Host {
     /// Brings the host to this plan, whatever it is at now. Returns what had to be changed: empty when all was right.
     pub async fn apply(&mut self, plan: Plan) -> anyhow::Result<Vec<String>> {
         let mut changes = link::set_up(&self.netlink).await?;
+        changes.extend(link::set_addresses(&self.netlink, &plan.names).await?);
         let noted = nft::noted()?;
         let (reserved, early_demux) = (sysctl::reserved_ports(), sysctl::early_demux());
         let wanted: BTreeSet<u16> = plan.masquerade_ports.into_iter().flat_map(PortRange::range).collect();
@@ -98,6 +99,7 @@ impl Host {
     /// Removes everything of ours, the link excepted, which goes with its last queue. Returns what was there.
     pub async fn clean_up(&mut self) -> anyhow::Result<Vec<String>> {
         let mut removed = rule::remove(&self.netlink).await?;
+        removed.extend(link::set_addresses(&self.netlink, &BTreeSet::new()).await?);
         removed.extend(route::remove(&self.netlink).await?);
         if let Some(ours) = nft::noted()? {
             let left = sysctl::reserved_ports().difference(&ours.reserved).copied().collect();

@@ -5,16 +5,19 @@
 //! [`Zone`]s, which share all that did not change. A question is a few lookups in one.
 
 mod answer;
+mod answerer;
 mod labels;
 mod message;
+mod server;
 mod service;
 pub mod spec;
+pub mod stats;
 mod zone;
 
 pub use answer::{Answer, Question, Record, Resolution};
+pub use answerer::{Answerer, Failure, Told, Upstream};
 pub use message::{Owner, Refusal, Request, Transport, encode, read};
+pub use server::{Server, ServerSettings};
 pub use spec::{NamedEndpoint, NamedPort, NamedService, PodNames, Stands, ZoneSpec};
+pub use stats::Source;
 pub use zone::{Zone, ZoneBuilder};
-
-/// Types of the wire format that answers are made of.
-pub use hickory_proto as proto;

@@ -52,6 +52,8 @@ pub(super) struct Assembly {
     held: BTreeMap<Kind, AHashMap<ServiceName, Object>>,
     /// Kinds that the server has answered about.
     answered: BTreeSet<Kind>,
+    /// Kinds that the first update waits for, besides those it always does.
+    more_awaited: BTreeSet<Kind>,
     goes_without_node: bool,
     is_synced: bool,
     changes: Vec<Change>,
@@ -83,8 +85,9 @@ impl Assembly {
             }
             What::Following => drop(self.problems.remove(&kind)),
             What::Failed(failure, resource) => {
-                // Services can be served without these two, and old roles do not allow them.
-                if failure.code == Some(403) && matches!(kind, Kind::Node | Kind::ServiceCIDR) {
+                // Services can be served without these, and old roles do not allow them.
+                let is_spared = matches!(kind, Kind::Node | Kind::ServiceCIDR | Kind::Namespace | Kind::Pod);
+                if failure.code == Some(403) && is_spared {
                     self.answered.insert(kind);
                 }
                 let problem = Problem::error("", failure.words(resource)).from(&Origin::Api);
@@ -97,13 +100,18 @@ impl Assembly {
     pub(super) fn awaits(&self) -> Awaits {
         if self.is_synced {
             Awaits::Nothing
-        } else if !AWAITED.iter().all(|kind| self.answered.contains(kind)) {
+        } else if !AWAITED.iter().chain(&self.more_awaited).all(|kind| self.answered.contains(kind)) {
             Awaits::Lists
         } else if self.goes_without_node || self.has_node() {
             Awaits::Nothing
         } else {
             Awaits::Node
         }
+    }
+
+    /// The first update waits for this kind too.
+    pub(super) fn await_too(&mut self, kind: Kind) {
+        self.more_awaited.insert(kind);
     }
 
     /// The Node has not come in time.
