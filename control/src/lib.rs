@@ -12,6 +12,7 @@ pub mod daemon;
 pub mod demo;
 pub mod dns;
 pub mod drains;
+pub mod headless;
 pub mod health_check;
 pub mod host;
 pub mod lives;

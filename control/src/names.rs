@@ -3,25 +3,42 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ahash::AHashMap;
 use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::discovery::v1::EndpointSlice;
 use sluice_dataplane::dns::{Zone, ZoneBuilder};
 use sluice_dataplane::table::ServiceName;
 
 use crate::config::Dns;
-use crate::resolve::names::{names, pod_addresses};
-use crate::store::{Store, Touched};
+use crate::resolve::names::{is_headless, names, pod_addresses};
+use crate::store::{Store, Stored, Touched};
+
+/// When the change of endpoints that a slice tells of was triggered.
+const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 
 /// The zone in the making.
 pub struct Names {
     builder: ZoneBuilder,
     pod_names: bool,
+    is_synced: bool,
+    /// When the last change of a Service's endpoints was triggered.
+    seen: AHashMap<ServiceName, Timestamp>,
+    /// Changes since they were last asked for.
+    triggers: Vec<(&'static str, Timestamp)>,
 }
 
 impl Names {
     /// Without objects.
     #[must_use]
     pub fn new(config: &Dns) -> Self {
-        Self { builder: ZoneBuilder::new(config.zone()), pod_names: config.endpoint_pod_names }
+        Self {
+            builder: ZoneBuilder::new(config.zone()),
+            pod_names: config.endpoint_pod_names,
+            is_synced: false,
+            seen: AHashMap::new(),
+            triggers: Vec::new(),
+        }
     }
 
     /// Takes in what an update touched. `instead`: addresses that a headless Service's name answers in place of its
@@ -36,6 +53,7 @@ impl Names {
         }
         for name in &touched.services {
             let service = store.service(name).map(|service| &*service.object);
+            self.note_trigger(store, name, service);
             let slices = store.slices(name).map(|slice| &*slice.object);
             match names(name, service, slices, instead(name), self.pod_names) {
                 Some(names) => self.builder.set(names),
@@ -47,6 +65,34 @@ impl Names {
     /// Everything there is has been taken in.
     pub fn synced(&mut self) {
         self.builder.synced();
+        self.is_synced = true;
+    }
+
+    /// Kinds of Services whose endpoints have changed since this was last asked, and when that was triggered.
+    pub fn take_triggers(&mut self) -> Vec<(&'static str, Timestamp)> {
+        std::mem::take(&mut self.triggers)
+    }
+
+    fn note_trigger(&mut self, store: &Store, name: &ServiceName, service: Option<&Service>) {
+        let of_slice = |slice: &Stored<EndpointSlice>| -> Option<Timestamp> {
+            slice.object.metadata.annotations.as_ref()?.get(TRIGGER_TIME)?.parse().ok()
+        };
+        let Some(spec) = service.and_then(|service| service.spec.as_ref()) else {
+            self.seen.remove(name);
+            return;
+        };
+        let Some(last) = store.slices(name).filter_map(of_slice).max() else { return };
+        let before = self.seen.insert(name.clone(), last);
+        // What was there at the start tells nothing of us.
+        if self.is_synced && before.is_none_or(|before| before < last) {
+            let has_selector = spec.selector.as_ref().is_some_and(|selector| !selector.is_empty());
+            let kind = match (is_headless(spec), has_selector) {
+                (false, _) => "cluster_ip",
+                (true, true) => "headless_with_selector",
+                (true, false) => "headless_without_selector",
+            };
+            self.triggers.push((kind, last));
+        }
     }
 
     /// The next zone, when there is another.

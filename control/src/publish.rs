@@ -14,6 +14,7 @@ use sluice_dataplane::table::{
 use crate::address;
 use crate::config::Config;
 use crate::drains::{Drains, Target};
+use crate::headless::{VirtualAddresses, as_ordinary, serve_target_ports};
 use crate::health_check::HealthCheck;
 use crate::local::LocalControllers;
 use crate::names::Names;
@@ -39,6 +40,7 @@ pub struct Publisher {
     health_checks: BTreeMap<ServiceName, HealthCheck>,
     drains: Drains,
     names: Option<Names>,
+    virtuals: Option<VirtualAddresses>,
 }
 
 impl Publisher {
@@ -68,6 +70,7 @@ impl Publisher {
             health_checks: BTreeMap::new(),
             drains: Drains::default(),
             names: config.dns.as_ref().map(Names::new),
+            virtuals: config.dns.as_ref().map(VirtualAddresses::new),
             config,
         };
         publisher.learn_node();
@@ -83,10 +86,14 @@ impl Publisher {
             None => update.changes,
         };
         let touched = self.store.apply(changes);
-        if let Some(names) = &mut self.names {
-            names.update(&self.store, &touched, |_| Vec::new());
-        }
+        self.update_names(&touched);
         self.resolve(touched).then(|| self.builder.build())
+    }
+
+    fn update_names(&mut self, touched: &Touched) {
+        let (Some(names), Some(virtuals)) = (&mut self.names, &mut self.virtuals) else { return };
+        touched.services.iter().for_each(|name| virtuals.update(name, &self.store));
+        names.update(&self.store, touched, |name| virtuals.of(name).to_vec());
     }
 
     /// Takes in the first update: all there is. The first table, whatever it holds.
@@ -131,6 +138,11 @@ impl Publisher {
     /// The zone, when it has changed since it was last asked for. `now` becomes its serial number.
     pub fn zone(&mut self, now: Timestamp) -> Option<Arc<Zone>> {
         self.names.as_mut()?.build(now)
+    }
+
+    /// Kinds of Services whose endpoints have changed since this was last asked, and when that was triggered.
+    pub fn take_triggers(&mut self) -> Vec<(&'static str, Timestamp)> {
+        self.names.as_mut().map(Names::take_triggers).unwrap_or_default()
     }
 
     /// The table of what is known now.
@@ -196,6 +208,7 @@ impl Publisher {
             let problem = Problem::error("spec", message).about(format!("Service {}", conflict.loser));
             origin.map_or(problem.clone(), |origin| problem.from(origin))
         }));
+        problems.extend(self.virtuals.iter().flat_map(VirtualAddresses::problems).cloned());
         problems.extend(self.loops());
         // The API's selectors leave out Services whose slices they let in: nobody's mistake.
         let orphans = self.store.slices_without_service().filter(|slice| slice.origin != Origin::Api);
@@ -263,7 +276,16 @@ impl Publisher {
             return self.builder.remove(name);
         };
         let slices = self.store.slices(name).map(|slice| &*slice.object);
-        let resolved = resolve(&service.object, slices, &self.node, &self.rules);
+        let instead = self.virtuals.as_ref().map(|virtuals| virtuals.of(name)).unwrap_or_default();
+        let resolved = if instead.is_empty() {
+            resolve(&service.object, slices, &self.node, &self.rules)
+        } else {
+            let slices: Vec<_> = self.store.slices(name).map(|slice| Arc::clone(&slice.object)).collect();
+            let (service, slices) = as_ordinary(&service.object, &slices, instead);
+            let mut resolved = resolve(&service, &slices, &self.node, &self.rules);
+            resolved.spec.iter_mut().for_each(serve_target_ports);
+            resolved
+        };
         let origin = |problem: &Problem| {
             let slice = problem.object.as_deref().and_then(|object| object.strip_prefix("EndpointSlice "));
             let mut slices = self.store.slices(name);
@@ -308,6 +330,8 @@ impl Publisher {
         let mut ranges = self.config.service_cidrs();
         let declared = self.store.service_cidrs().filter_map(|object| object.object.spec.as_ref()?.cidrs.as_ref());
         ranges.extend(declared.flatten().filter_map(|range| address::parse_range(range)));
+        // Virtual addresses are ours: routed as a whole, whoever has them.
+        ranges.extend(self.config.dns.iter().flat_map(|dns| &dns.virtual_cidrs));
         ranges.sort_unstable();
         ranges.dedup();
         self.node.spec(&self.config, ranges)

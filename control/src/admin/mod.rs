@@ -33,6 +33,7 @@ use crate::trace::Question;
 pub mod drain;
 pub mod health;
 pub mod metrics;
+pub mod names;
 pub mod views;
 
 /// Connections that may wait to be accepted.

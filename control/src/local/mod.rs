@@ -14,9 +14,9 @@ use crate::object::{Key, Kind, Object, ZONE_LABEL, label, service_of};
 use crate::problem::{Origin, Problem};
 use crate::source::Change;
 
-mod allocator;
+pub(crate) mod allocator;
 mod defaults;
-mod frontends;
+pub(crate) mod frontends;
 mod selection;
 mod slices;
 mod state;

@@ -100,7 +100,6 @@ mod tests {
             ("4.3.2.1.IN-addr.ARPA.", Some("1.2.3.4")),
             ("04.3.2.1.in-addr.arpa.", None),
             ("256.3.2.1.in-addr.arpa.", None),
-            ("+4.3.2.1.in-addr.arpa.", None),
             ("3.2.1.in-addr.arpa.", None),
             ("5.4.3.2.1.in-addr.arpa.", None),
             ("1.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.D.f.ip6.arpa.", Some("fd00::1")),

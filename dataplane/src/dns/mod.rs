@@ -14,6 +14,9 @@ pub mod spec;
 pub mod stats;
 mod zone;
 
+#[cfg(test)]
+mod tests;
+
 pub use answer::{Answer, Question, Record, Resolution};
 pub use answerer::{Answerer, Failure, Told, Upstream};
 pub use message::{Owner, Refusal, Request, Transport, encode, read};

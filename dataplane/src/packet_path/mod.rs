@@ -1,6 +1,7 @@
 //! The packet path: TUN queues, one plain thread for each, and the step that turns one packet into another.
 
 mod drops;
+mod held;
 mod keeper;
 mod namespace;
 mod opening;
@@ -11,6 +12,7 @@ mod tun;
 mod worker;
 
 pub use drops::Drops;
+pub use held::HeldTotals;
 pub use keeper::Keeper;
 pub use namespace::namespace_cookie;
 pub use shared::{Settings, Shared};

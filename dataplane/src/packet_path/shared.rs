@@ -12,9 +12,10 @@ use crate::flow::{
 };
 use crate::memory::Region;
 use crate::packet_path::drops::{Drop, Drops};
+use crate::packet_path::held::{Held, HeldTotals};
 use crate::packet_path::opens::Opens;
 use crate::select::{Affinity, Selection};
-use crate::table::{EndpointSlot, RoutingTable, Slots};
+use crate::table::{EndpointSlot, PortSlot, RoutingTable, Slots};
 
 /// Settings of a packet path, fixed for its life.
 #[derive(Clone, Debug)]
@@ -57,6 +58,7 @@ pub struct Shared {
     pub(super) flows: FlowTable,
     pub(super) affinity: Affinity,
     pub(super) opens: Opens,
+    pub(super) held: Held,
     pub(super) drops: Box<[Drops]>,
     pub(super) settings: Settings,
     header: Arc<Region<Header>>,
@@ -86,7 +88,8 @@ impl Shared {
             ports: settings.masquerade_ports.clone(),
         };
         let addresses = store.masquerade(&masquerade.addresses);
-        let slots = Arc::new(Slots::over(settings.workers, store.endpoints, store.ports, header()));
+        // The keeper counts too.
+        let slots = Arc::new(Slots::over(settings.workers + 1, store.endpoints, store.ports, header()));
         let affinity = Affinity::over(store.affinities, header());
         let flows = FlowTable::new(store.records, header(), addresses, Arc::clone(&slots), masquerade);
         let (flows, (found, dropped)) = flows;
@@ -94,8 +97,9 @@ impl Shared {
             flows,
             affinity,
             opens: Opens::new(settings.flow_capacity),
+            held: Held::default(),
             table: Arc::new(ArcSwap::from_pointee(RoutingTable::default())),
-            drops: (0..settings.workers).map(|_| Drops::default()).collect(),
+            drops: (0..=settings.workers).map(|_| Drops::default()).collect(),
             slots,
             settings,
             header: store.header,
@@ -154,6 +158,11 @@ impl Shared {
     pub(super) fn selection<'s>(&'s self, now_ms: u64, avoid: &'s [EndpointSlot]) -> Selection<'s> {
         let slow_start_ms = self.settings.slow_start.as_millis() as u64;
         Selection { slots: &self.slots, now_ms, slow_start_ms, avoid }
+    }
+
+    /// What clients that wait for an endpoint of this Service port came to; nothing when none ever did.
+    pub fn held(&self, port: PortSlot) -> Option<HeldTotals> {
+        self.held.totals(port)
     }
 
     /// Flows ended so far because their endpoints were gone.

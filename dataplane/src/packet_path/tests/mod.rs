@@ -2,6 +2,7 @@
 
 mod drain;
 mod harness;
+mod hold;
 mod random;
 mod restart;
 mod retry;
