@@ -135,7 +135,13 @@ pub fn ask_bytes(server: SocketAddr, by: By, question: &[u8], wait: Duration) ->
             socket.set_read_timeout(Some(wait))?;
             socket.send(question)?;
             let mut buffer = vec![0; 65535];
-            let length = socket.recv(&mut buffer).context("no answer")?;
+            let length = loop {
+                match socket.recv(&mut buffer) {
+                    // This process was stopped for a while.
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    result => break result.context("no answer")?,
+                }
+            };
             buffer.truncate(length);
             Ok(buffer)
         }

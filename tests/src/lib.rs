@@ -7,6 +7,7 @@ pub mod http;
 pub mod lab;
 pub mod manifests;
 pub mod naive;
+pub mod name_server;
 pub mod probe;
 pub mod sctp;
 pub mod web;
