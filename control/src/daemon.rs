@@ -25,7 +25,7 @@ use crate::publish::Publisher;
 use crate::source::{Feed, Source, Update};
 use crate::state::State;
 use crate::upstream::Upstreams;
-use crate::{admin, lives, responder};
+use crate::{admin, lives, local_names, responder};
 
 /// How often the host is looked at for what others changed.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
@@ -37,7 +37,7 @@ const HAND_OVER_PATIENCE: Duration = Duration::from_secs(5);
 const REPORT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Runs until SIGTERM or SIGINT.
-pub async fn run(config: Config, source: Source) -> Result<()> {
+pub async fn run(config: Config, source: Source, names_for_host: bool) -> Result<()> {
     admin::metrics::install()?;
     let host = Host::new()?;
     let standing = lock::standing(&config.state_dir)?;
@@ -72,6 +72,9 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
     };
     // Names are answered at an address that the host may get only now.
     let set_up = daemon.set_up_host().await.and_then(|()| responder::start(&daemon.state));
+    if names_for_host && set_up.is_ok() {
+        local_names::announce(&daemon.state.config);
+    }
     let served = match set_up {
         Ok(_responder) => daemon.serve(feed, &path).await,
         Err(error) => Err(error),

@@ -1,14 +1,14 @@
-//! Virtual headless Services: which have an address of ours, and what they are to the packet path.
+//! Virtual headless Services, and the Service whose endpoint is our responder: what they are to the packet path.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ahash::AHashMap;
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{Service, ServicePort};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use sluice_dataplane::net::Family;
-use sluice_dataplane::table::{PortSpec, ServiceName, ServiceSpec};
+use sluice_dataplane::net::{Family, Protocol};
+use sluice_dataplane::table::{EndpointList, EndpointSpec, PortSpec, ServiceName, ServiceSpec};
 
 use crate::config::{Dns, Headless};
 use crate::local::allocator::{Allocator, Holder};
@@ -138,6 +138,19 @@ pub fn as_ordinary(
         slice
     };
     (service, slices.iter().map(ordinary).collect())
+}
+
+/// Makes the responder the one endpoint of a Service, in the families and protocols in which it answers.
+pub fn serve_names(spec: &mut ServiceSpec, listen: &[SocketAddr]) {
+    for port in &mut spec.ports {
+        let own = listen.iter().find(|address| Family::of(address.ip()) == port.family);
+        let own = own.filter(|_| matches!(port.protocol, Protocol::Tcp | Protocol::Udp)).copied();
+        let list = |why: &str| EndpointList { addresses: own.into_iter().collect(), why: why.to_owned() };
+        port.cluster = list("names are answered on this node");
+        port.local = list("names are answered on this node");
+        port.endpoints = own.into_iter().map(EndpointSpec::ready).collect();
+        port.has_any_endpoint = own.is_some();
+    }
 }
 
 /// Serves the ports of the endpoints too: clients of a headless Service dial those.

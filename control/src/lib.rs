@@ -17,6 +17,7 @@ pub mod health_check;
 pub mod host;
 pub mod lives;
 pub mod local;
+pub mod local_names;
 pub mod loopback;
 pub mod names;
 pub mod node;

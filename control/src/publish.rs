@@ -14,7 +14,7 @@ use sluice_dataplane::table::{
 use crate::address;
 use crate::config::Config;
 use crate::drains::{Drains, Target};
-use crate::headless::{VirtualAddresses, as_ordinary, serve_target_ports};
+use crate::headless::{VirtualAddresses, as_ordinary, serve_names, serve_target_ports};
 use crate::health_check::HealthCheck;
 use crate::local::LocalControllers;
 use crate::names::Names;
@@ -286,6 +286,12 @@ impl Publisher {
             resolved.spec.iter_mut().for_each(serve_target_ports);
             resolved
         };
+        let mut resolved = resolved;
+        if let (Some(dns), Some(spec)) = (&self.config.dns, &mut resolved.spec)
+            && dns.service.as_deref() == Some(&*name.to_string())
+        {
+            serve_names(spec, &dns.listen);
+        }
         let origin = |problem: &Problem| {
             let slice = problem.object.as_deref().and_then(|object| object.strip_prefix("EndpointSlice "));
             let mut slices = self.store.slices(name);

@@ -376,6 +376,37 @@ fn connections_wait_for_a_first_endpoint() {
 }
 
 #[test]
+fn the_address_of_kube_dns_is_answered_here() {
+    if !can_run_in_namespaces("the ClusterIP of kube-dns") {
+        return;
+    }
+    let mut cluster = Cluster::new().unwrap();
+    let dns = format!("dns: {{listen: ['{LISTEN}'], upstreams: [], service: default/kube-dns}}\n");
+    cluster.configure(&format!("{CONFIG}{dns}")).unwrap();
+    cluster.arguments(&["--dns-local"]);
+    cluster.add_pod(1).unwrap();
+    let ports =
+        json!([{"name": "dns", "protocol": "UDP", "port": 53}, {"name": "dns-tcp", "protocol": "TCP", "port": 53}]);
+    let kube_dns = service(
+        "kube-dns",
+        json!({"clusterIP": "10.96.0.10", "clusterIPs": ["10.96.0.10"], "ports": ports}),
+        json!({}),
+    );
+    cluster.write("dns.json", &[kube_dns, headless("db", json!({})), slice("db", &named(1..=3))]).unwrap();
+    cluster.start().unwrap();
+    let pod = cluster.pods[0].pod.ns.clone();
+    let server: SocketAddr = "10.96.0.10:53".parse().unwrap();
+    for ns in [&pod, &cluster.topology.node, &cluster.topology.client] {
+        for by in [By::Datagram, By::Connection] {
+            let name = "db.default.svc.cluster.local.";
+            let answer = ns.run(|| ask(server, by, name, "A", None, SOON)).unwrap();
+            assert_eq!(answer.answers.len(), 3, "{by:?}");
+        }
+    }
+    assert!(cluster.log().contains("nameserver 169.254.20.10") || cluster.log().contains("systemd-resolved"));
+}
+
+#[test]
 fn the_command_is_there() {
     let output = Command::new(sluice_tests::sluice_binary()).args(["resolve", "--help"]).output().unwrap();
     assert!(String::from_utf8_lossy(&output.stdout).contains("search path"));

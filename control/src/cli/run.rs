@@ -47,6 +47,9 @@ pub struct Args {
     /// At a clean stop leave everything as after a crash, for a start soon after
     #[arg(long)]
     leave_on_stop: bool,
+    /// Let programs of this machine find the names: tells systemd-resolved, or says which line to put into resolv.conf
+    #[arg(long)]
+    dns_local: bool,
     /// Packet threads [default: one for each CPU, at most 8]
     #[arg(long, value_name = "N")]
     workers: Option<usize>,
@@ -88,6 +91,9 @@ pub fn run(args: Args) -> Result<ExitCode> {
     config.state_dir = args.state_dir.unwrap_or(config.state_dir);
     config.leave_on_stop |= args.leave_on_stop;
     config.workers = args.workers.or(config.workers);
+    if args.dns_local {
+        config.dns.get_or_insert_default();
+    }
     config.validate()?;
     let access = args.source.access()?;
     // With an API server the controllers are the cluster's.
@@ -106,7 +112,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         if args.dry_run {
             return dry_run(config, source).await;
         }
-        daemon::run(config, source).await?;
+        daemon::run(config, source, args.dns_local).await?;
         Ok(ExitCode::SUCCESS)
     })
 }
