@@ -5,8 +5,6 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ahash::AHashSet;
-use jiff::Timestamp;
-use sluice_dataplane::dns::Zone;
 use sluice_dataplane::table::{
     Deadline, EndpointSlot, NodeSpec, RoutingTable, ServiceName, ServiceSpec, Slots, TableBuilder,
 };
@@ -14,16 +12,18 @@ use sluice_dataplane::table::{
 use crate::address;
 use crate::config::Config;
 use crate::drains::{Drains, Target};
-use crate::headless::{VirtualAddresses, as_ordinary, serve_names, serve_target_ports};
+use crate::headless::VirtualAddresses;
 use crate::health_check::HealthCheck;
 use crate::local::LocalControllers;
 use crate::names::Names;
 use crate::node::NodeFacts;
 use crate::object::{SERVICE_NAME_LABEL, name_of, service_of};
 use crate::problem::{Origin, Problem};
-use crate::resolve::{Rules, resolve};
+use crate::resolve::Rules;
 use crate::source::Update;
 use crate::store::{Store, Touched};
+
+mod names;
 
 /// Objects, and the tables made of them.
 pub struct Publisher {
@@ -90,12 +90,6 @@ impl Publisher {
         self.resolve(touched).then(|| self.builder.build())
     }
 
-    fn update_names(&mut self, touched: &Touched) {
-        let (Some(names), Some(virtuals)) = (&mut self.names, &mut self.virtuals) else { return };
-        touched.services.iter().for_each(|name| virtuals.update(name, &self.store));
-        names.update(&self.store, touched, |name| virtuals.of(name).to_vec());
-    }
-
     /// Takes in the first update: all there is. The first table, whatever it holds.
     /// `flows`: where those of an earlier process go.
     pub fn first(&mut self, update: Update, flows: impl Iterator<Item = (IpAddr, EndpointSlot)>) -> Arc<RoutingTable> {
@@ -133,16 +127,6 @@ impl Publisher {
         self.interfaces = interfaces;
         let touched = Touched { nodes: BTreeSet::from([self.node.name.clone()]), ..Touched::default() };
         self.resolve(touched).then(|| self.builder.build())
-    }
-
-    /// The zone, when it has changed since it was last asked for. `now` becomes its serial number.
-    pub fn zone(&mut self, now: Timestamp) -> Option<Arc<Zone>> {
-        self.names.as_mut()?.build(now)
-    }
-
-    /// Kinds of Services whose endpoints have changed since this was last asked, and when that was triggered.
-    pub fn take_triggers(&mut self) -> Vec<(&'static str, Timestamp)> {
-        self.names.as_mut().map(Names::take_triggers).unwrap_or_default()
     }
 
     /// The table of what is known now.
@@ -275,23 +259,7 @@ impl Publisher {
             self.health_checks.remove(name);
             return self.builder.remove(name);
         };
-        let slices = self.store.slices(name).map(|slice| &*slice.object);
-        let instead = self.virtuals.as_ref().map(|virtuals| virtuals.of(name)).unwrap_or_default();
-        let resolved = if instead.is_empty() {
-            resolve(&service.object, slices, &self.node, &self.rules)
-        } else {
-            let slices: Vec<_> = self.store.slices(name).map(|slice| Arc::clone(&slice.object)).collect();
-            let (service, slices) = as_ordinary(&service.object, &slices, instead);
-            let mut resolved = resolve(&service, &slices, &self.node, &self.rules);
-            resolved.spec.iter_mut().for_each(serve_target_ports);
-            resolved
-        };
-        let mut resolved = resolved;
-        if let (Some(dns), Some(spec)) = (&self.config.dns, &mut resolved.spec)
-            && dns.service.as_deref() == Some(&*name.to_string())
-        {
-            serve_names(spec, &dns.listen);
-        }
+        let resolved = self.resolved(name, &service.object);
         let origin = |problem: &Problem| {
             let slice = problem.object.as_deref().and_then(|object| object.strip_prefix("EndpointSlice "));
             let mut slices = self.store.slices(name);

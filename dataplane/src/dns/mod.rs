@@ -6,6 +6,7 @@
 
 mod answer;
 mod answerer;
+mod find;
 mod labels;
 mod message;
 mod server;

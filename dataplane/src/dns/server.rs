@@ -81,7 +81,7 @@ impl Server {
             number += 1;
             (number - 1, Rng::with_seed(settings.seed.wrapping_add(number as u64)))
         };
-        for socket in datagrams {
+        for socket in datagrams.into_iter().map(Arc::new) {
             let (answerer, stop, (thread, rng)) = (Arc::clone(answerer), Arc::clone(&server.stop), next());
             server
                 .spawn(format!("dns-udp-{thread}"), move || serve_datagrams(&answerer, &socket, thread, rng, &stop))?;
@@ -140,16 +140,14 @@ fn open_listener(address: SocketAddr) -> io::Result<TcpListener> {
     Ok(socket.into())
 }
 
-fn serve_datagrams(answerer: &Arc<Answerer>, socket: &UdpSocket, thread: usize, mut rng: Rng, stop: &AtomicBool) {
+fn serve_datagrams(answerer: &Arc<Answerer>, socket: &Arc<UdpSocket>, thread: usize, mut rng: Rng, stop: &AtomicBool) {
     let (mut message, mut out) = (vec![0; LONGEST_QUESTION], Vec::with_capacity(LONGEST_QUESTION));
     while !stop.load(Relaxed) {
         // Timeouts, signals, and ICMP errors about earlier answers.
         let Ok((length, from)) = socket.recv_from(&mut message) else { continue };
         let later = || -> super::answerer::Reply {
-            match socket.try_clone() {
-                Ok(socket) => Box::new(move |answer| drop(socket.send_to(answer, from))),
-                Err(_) => Box::new(|_| ()),
-            }
+            let socket = Arc::clone(socket);
+            Box::new(move |answer| drop(socket.send_to(answer, from)))
         };
         let how = (Transport::Udp, &from);
         if answerer.handle(&message[..length], how, (thread, &mut rng), &mut out, later) {
