@@ -171,3 +171,89 @@ pub fn serve_target_ports(spec: &mut ServiceSpec) {
     }
     spec.ports.extend(more);
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use serde_json::{Value, json};
+    use sluice_dataplane::net::Protocol;
+    use sluice_dataplane::table::Slots;
+
+    use crate::config::{Config, Dns};
+    use crate::object::Object;
+    use crate::problem::Origin;
+    use crate::publish::Publisher;
+    use crate::source::{Change, Update};
+
+    use super::*;
+
+    fn publisher(dns: Dns, objects: &[Value]) -> Publisher {
+        let config = Config { dns: Some(dns), local_controllers: false, ..Config::default() };
+        let mut publisher = Publisher::new(config, vec!["192.168.0.2".parse().unwrap()], Arc::new(Slots::new(1)));
+        let object = |value: &Value| match value["kind"].as_str() {
+            Some("Service") => Object::Service(Arc::new(serde_json::from_value(value.clone()).unwrap())),
+            _ => Object::EndpointSlice(Arc::new(serde_json::from_value(value.clone()).unwrap())),
+        };
+        let origin = || Origin::File { path: Path::new("a.yaml").into(), document: 1 };
+        let changes = objects.iter().map(|value| Change::Apply(object(value), origin())).collect();
+        publisher.update(Update { changes, ..Update::default() });
+        publisher
+    }
+
+    fn objects(annotation: Value) -> Vec<Value> {
+        let labels = json!({"kubernetes.io/service-name": "db", "service.kubernetes.io/headless": ""});
+        vec![
+            json!({"kind": "Service", "metadata": {"namespace": "ns", "name": "db", "annotations": {ANNOTATION: annotation}},
+                "spec": {"clusterIP": "None", "clusterIPs": ["None"], "ipFamilies": ["IPv4"],
+                    "ports": [{"name": "sql", "port": 5432, "targetPort": 15432, "protocol": "TCP"}]}}),
+            json!({"kind": "EndpointSlice", "metadata": {"namespace": "ns", "name": "db-1", "labels": labels},
+                "addressType": "IPv4", "endpoints": [{"addresses": ["10.244.0.1"]}, {"addresses": ["10.244.0.2"]}],
+                "ports": [{"name": "sql", "port": 15432, "protocol": "TCP"}]}),
+        ]
+    }
+
+    #[test]
+    fn a_virtual_service_has_frontends_and_a_plain_one_has_none() {
+        for (annotation, default, frontends, problems) in [
+            ("virtual", Headless::Plain, 2, 0),
+            ("plain", Headless::Virtual, 0, 0),
+            ("both", Headless::Virtual, 2, 1),
+            ("both", Headless::Plain, 0, 1),
+        ] {
+            let dns = Dns { headless: default, ..Dns::default() };
+            let mut publisher = publisher(dns, &objects(json!(annotation)));
+            let table = publisher.table();
+            assert_eq!((table.len(), publisher.problems().len()), (frontends, problems), "{annotation} {default:?}");
+            for port in table.frontends().map(|frontend| &frontend.port) {
+                assert!(matches!(port.number, 5432 | 15432) && port.cluster.list.len() == 2, "{port:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_address_follows_from_the_name() {
+        let address = || {
+            let publisher = publisher(Dns::default(), &objects(json!("virtual")));
+            publisher.builder().services().next().unwrap().ports[0].cluster_ip
+        };
+        let range: IpNet = "240.241.0.0/16".parse().unwrap();
+        assert_eq!(address(), address());
+        assert!(range.contains(&address()));
+    }
+
+    #[test]
+    fn the_responder_stands_behind_the_service_that_is_named() {
+        let kube_dns = json!({"kind": "Service", "metadata": {"namespace": "kube-system", "name": "kube-dns"},
+            "spec": {"clusterIP": "10.96.0.10", "clusterIPs": ["10.96.0.10"], "ports": [
+                {"name": "dns", "port": 53, "protocol": "UDP"}, {"name": "tcp", "port": 53, "protocol": "TCP"},
+                {"name": "sctp", "port": 53, "protocol": "SCTP"}]}});
+        let dns = Dns { service: Some("kube-system/kube-dns".to_owned()), ..Dns::default() };
+        let mut publisher = publisher(dns, &[kube_dns]);
+        for port in publisher.table().frontends().map(|frontend| &frontend.port) {
+            let endpoints: Vec<String> = port.cluster.list.iter().map(|it| it.address.to_string()).collect();
+            let expected: &[&str] = if port.protocol == Protocol::Sctp { &[] } else { &["169.254.20.10:53"] };
+            assert_eq!(endpoints, expected, "{}", port.protocol);
+        }
+    }
+}

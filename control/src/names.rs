@@ -100,3 +100,39 @@ impl Names {
         self.builder.build(u32::try_from(now.as_second()).unwrap_or_default())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::object::Object;
+    use crate::problem::Origin;
+    use crate::source::Change;
+
+    #[test]
+    fn a_change_of_endpoints_is_timed_once_and_not_at_the_start() {
+        let mut names = Names::new(&Dns::default());
+        let mut store = Store::default();
+        let service = json!({"metadata": {"namespace": "ns", "name": "db"},
+            "spec": {"clusterIP": "None", "selector": {"app": "db"}}});
+        let slice = |time: &str| {
+            let metadata = json!({"namespace": "ns", "name": "db-1", "labels": {"kubernetes.io/service-name": "db"},
+                "annotations": {TRIGGER_TIME: time}});
+            let slice = json!({"metadata": metadata, "addressType": "IPv4", "endpoints": []});
+            Object::EndpointSlice(Arc::new(serde_json::from_value(slice).unwrap()))
+        };
+        let mut apply = |names: &mut Names, object: Object| {
+            let touched = store.apply([Change::Apply(object, Origin::Api)]);
+            names.update(&store, &touched, |_| Vec::new());
+            names.take_triggers()
+        };
+        assert_eq!(apply(&mut names, Object::Service(Arc::new(serde_json::from_value(service).unwrap()))), []);
+        assert_eq!(apply(&mut names, slice("2026-01-01T00:00:00Z")), []);
+        names.synced();
+        let later = "2026-01-01T00:00:05Z";
+        let trigger = ("headless_with_selector", later.parse().unwrap());
+        assert_eq!(apply(&mut names, slice(later)), [trigger]);
+        assert_eq!(apply(&mut names, slice(later)), [], "the same change");
+    }
+}

@@ -336,7 +336,7 @@ fn connections_wait_for_a_first_endpoint() {
     let held = service("lazy", spec, json!({"sluice.dev/hold": "3s"}));
     let mut ready = slice("lazy", &named([1]));
     ready["metadata"]["labels"].as_object_mut().unwrap().remove("service.kubernetes.io/headless");
-    cluster.write("lazy.json", &[held.clone()]).unwrap();
+    cluster.write("lazy.json", std::slice::from_ref(&held)).unwrap();
     cluster.start().unwrap();
     let client = cluster.topology.client.clone();
     let target = Target::Http("10.96.0.77:80".parse().unwrap());

@@ -143,4 +143,21 @@ mod tests {
             assert_eq!(super::default_balancing(default, protocol), balancing, "{default:?} {protocol}");
         }
     }
+
+    #[test]
+    fn connections_wait_as_long_as_the_service_says() {
+        for (value, hold, problems) in [
+            ("10s", Some(Duration::from_secs(10)), 0),
+            ("0s", None, 0),
+            ("5m", Some(Duration::from_secs(300)), 0),
+            ("6m", None, 1),
+            ("long", None, 1),
+        ] {
+            let mut web = service(json!({}));
+            web["metadata"]["annotations"] = json!({"sluice.dev/hold": value});
+            let resolved = resolved_by(&web, &[], &rules());
+            assert_eq!(resolved.spec.as_ref().unwrap().ports[0].hold, hold, "{value}");
+            assert_eq!(fields(&resolved).len(), problems, "{value}");
+        }
+    }
 }
