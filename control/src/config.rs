@@ -12,6 +12,9 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sluice_dataplane::table::{Balancing, DrainTimeout};
 
 use crate::kube_proxy::{self, Wishes};
+pub use dns::{Dns, Headless, Upstream};
+
+mod dns;
 
 const API_VERSION: &str = "sluice.dev/v1alpha1";
 const KIND: &str = "SluiceConfiguration";
@@ -74,6 +77,8 @@ pub struct Config {
     pub admin: SocketAddr,
     /// Where `/healthz` and `/livez` listen.
     pub health: SocketAddr,
+    /// Names; none: they are not answered.
+    pub dns: Option<Dns>,
 }
 
 impl Default for Config {
@@ -103,6 +108,7 @@ impl Default for Config {
             state_dir: PathBuf::from("/run/sluice"),
             admin: SocketAddr::from(([127, 0, 0, 1], 10249)),
             health: SocketAddr::from(([0, 0, 0, 0], 10256)),
+            dns: None,
         }
     }
 }
@@ -150,7 +156,7 @@ impl Config {
         if self.flow_table_size == 0 {
             return Err("flowTableSize: must be more than 0".to_owned());
         }
-        Ok(())
+        self.dns.as_ref().map_or(Ok(()), Dns::check)
     }
 
     /// The node's name: configured, or the host's name in lower case.
@@ -366,7 +372,10 @@ mod tests {
         let text = "apiVersion: sluice.dev/v1alpha1\nkind: SluiceConfiguration\nnodeName: n\nclusterCIDRs: [10.0.0.0/8]\n\
             serviceCIDRs: [10.96.0.0/16]\nlocalControllers: false\nprune: true\nnodePortAddresses: [primary, 10.0.0.0/8]\n\
             nodePortRange: 30000-30100\nmasqueradePorts: 61000-62000\nmasqueradeAll: true\nserviceProxyName: x\n\
-            balancing: round-robin\ndrain: {timeout: never}\nretry: false\nslowStart: 5s\nejectAfter: 3\nworkers: 2\nflowTableSize: 10\nleaveOnStop: true\nlinger: true\nstateDir: /tmp/x\nadmin: 127.0.0.1:1\nhealth: '[::]:2'\n";
+            balancing: round-robin\ndrain: {timeout: never}\nretry: false\nslowStart: 5s\nejectAfter: 3\nworkers: 2\nflowTableSize: 10\nleaveOnStop: true\nlinger: true\nstateDir: /tmp/x\nadmin: 127.0.0.1:1\nhealth: '[::]:2'\n\
+             dns: {listen: ['127.0.0.1:53'], zones: [c.local, 10.in-addr.arpa], ttl: 30s, pods: verified, namespaces: [a], ignoreEmptyService: true,\
+             endpointPodNames: true, fallthrough: [.], upstreams: [1.1.1.1, '9.9.9.9:54'], maxConcurrent: 7, cacheSize: 0, headless: virtual,\
+             virtualCIDRs: [240.0.0.0/24], service: kube-system/kube-dns}\n";
         let config = Config::parse(text).unwrap();
         assert_eq!(config.node_port_addresses.len(), 2);
         assert_eq!(config.node_port_range, PortRange::new(30000, 30100));
@@ -375,8 +384,11 @@ mod tests {
         assert!(config.masquerade_all && config.prune && !config.local_controllers);
         assert_eq!(config.health.port(), 2);
         // What `/configz` shows is a configuration again.
-        assert_eq!(Config::parse(&serde_json::to_string(&config).unwrap()), Ok(config));
+        assert_eq!(Config::parse(&serde_json::to_string(&config).unwrap()), Ok(config.clone()));
         assert_eq!(Config::parse(&serde_json::to_string(&Config::default()).unwrap()), Ok(Config::default()));
+        let dns = config.dns.unwrap();
+        assert_eq!((dns.ttl, dns.headless), (Duration::from_secs(30), Headless::Virtual));
+        assert_eq!(dns.upstreams.unwrap().iter().map(|it| it.0.port()).collect::<Vec<_>>(), [53, 54]);
     }
 
     #[test]
@@ -391,6 +403,11 @@ mod tests {
             ("kind: Other\n", &["Other"]),
             ("apiVersion: v2\n", &["v2"]),
             ("workers: 0\n", &["workers"]),
+            ("dns: {pods: all}\n", &["all", "insecure"]),
+            ("dns: {ttl: 2h}\n", &["dns.ttl", "1h"]),
+            ("dns: {zones: [a..b]}\n", &["a..b"]),
+            ("dns: {upstreams: [dns.example]}\n", &["dns.example", "address"]),
+            ("dns: {service: kube-dns}\n", &["kube-dns", "namespace/name"]),
         ] {
             let error = Config::parse(text).unwrap_err();
             assert!(words.iter().all(|word| error.contains(word)), "{text:?}: {error}");

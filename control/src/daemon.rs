@@ -28,7 +28,8 @@ use crate::publish::Publisher;
 use crate::saving::{self, Saving};
 use crate::source::{Feed, Source, Update};
 use crate::state::{Repairs, State};
-use crate::{admin, lives};
+use crate::upstream::Upstreams;
+use crate::{admin, lives, local_names, responder};
 
 /// How often the host is looked at for what others changed.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
@@ -40,7 +41,7 @@ const HAND_OVER_PATIENCE: Duration = Duration::from_secs(5);
 const REPORT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Runs until SIGTERM or SIGINT.
-pub async fn run(config: Config, source: Source) -> Result<()> {
+pub async fn run(config: Config, source: Source, names_for_host: bool) -> Result<()> {
     admin::metrics::install()?;
     let host = Host::new()?;
     let standing = lock::standing(&config.state_dir)?;
@@ -55,8 +56,10 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
     // Open before another daemon lets go: packets wait here meanwhile.
     let tun = open_link(&host, settings.workers).await?;
     let shared = open_flows(settings.clone(), &config.state_dir)?;
-    let publisher = publisher(&config, &interfaces, &shared);
-    let state = Arc::new(State::new(Arc::clone(&shared), config, described, events, publisher));
+    let mut publisher = publisher(&config, &interfaces, &shared);
+    let upstreams = config.dns.as_ref().map(Upstreams::new).transpose()?.flatten();
+    let names = responder::answerer(&config, &mut publisher, upstreams.clone());
+    let state = Arc::new(State::new(Arc::clone(&shared), config, described, events, publisher, names, upstreams));
     state.apply_first(first, as_of);
     lives::forget(&state);
     let path = PacketPath::start(tun, Arc::clone(&shared)).context("cannot start the packet threads")?;
@@ -77,8 +80,13 @@ pub async fn run(config: Config, source: Source) -> Result<()> {
         planned: None,
         saving: saved.map(|saved| Saving::new(saved, as_of.is_none())),
     };
-    let served = match daemon.set_up_host().await {
-        Ok(()) => daemon.serve(feed, &path, &mut signals).await,
+    // Names are answered at an address that the host may get only now.
+    let set_up = daemon.set_up_host().await.and_then(|()| responder::start(&daemon.state));
+    if names_for_host && set_up.is_ok() {
+        local_names::announce(&daemon.state.config);
+    }
+    let served = match set_up {
+        Ok(_responder) => daemon.serve(feed, &path, &mut signals).await,
         Err(error) => Err(error),
     };
     let _ = sd_notify::notify(&[NotifyState::Stopping]);

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use k8s_openapi::api::apps::v1::{Deployment, StatefulSet};
-use k8s_openapi::api::core::v1::{Node, Pod, Service};
+use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -33,6 +33,8 @@ pub enum Kind {
     Node,
     /// `networking.k8s.io/v1` ServiceCIDR.
     ServiceCIDR,
+    /// `v1` Namespace; only names need it.
+    Namespace,
     /// `apps/v1` Deployment; only `demo` uses it.
     Deployment,
     /// `apps/v1` StatefulSet; only `demo` uses it.
@@ -45,13 +47,23 @@ impl fmt::Display for Kind {
     }
 }
 
-/// Kind, namespace and name: what an object is known by. The namespace is empty for Nodes and ServiceCIDRs.
+/// Kind, namespace and name: what an object is known by. The namespace is empty where objects are in none.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Key {
     /// Kind.
     pub kind: Kind,
     /// Namespace and name.
     pub name: ServiceName,
+    /// Of an EndpointSlice: the Service that its label names. Files may hold slices of one name for several Services.
+    pub service: Option<Arc<str>>,
+}
+
+impl Key {
+    /// Of an object that is no EndpointSlice, or of a slice whose label names no Service.
+    #[must_use]
+    pub fn new(kind: Kind, name: ServiceName) -> Self {
+        Self { kind, name, service: None }
+    }
 }
 
 impl fmt::Display for Key {
@@ -77,6 +89,8 @@ pub enum Object {
     Node(Arc<Node>),
     /// `networking.k8s.io/v1` ServiceCIDR.
     ServiceCidr(Arc<ServiceCIDR>),
+    /// `v1` Namespace.
+    Namespace(Arc<Namespace>),
     /// `apps/v1` Deployment.
     Deployment(Arc<Deployment>),
     /// `apps/v1` StatefulSet.
@@ -89,14 +103,18 @@ impl Object {
     pub fn key(&self) -> Key {
         let (kind, metadata) = match self {
             Self::Service(object) => (Kind::Service, &object.metadata),
-            Self::EndpointSlice(object) => (Kind::EndpointSlice, &object.metadata),
+            Self::EndpointSlice(object) => {
+                let service = service_of(object).map(|service| service.name);
+                return Key { kind: Kind::EndpointSlice, name: name_of(&object.metadata), service };
+            }
             Self::Pod(object) => (Kind::Pod, &object.metadata),
             Self::Node(object) => (Kind::Node, &object.metadata),
             Self::ServiceCidr(object) => (Kind::ServiceCIDR, &object.metadata),
+            Self::Namespace(object) => (Kind::Namespace, &object.metadata),
             Self::Deployment(object) => (Kind::Deployment, &object.metadata),
             Self::StatefulSet(object) => (Kind::StatefulSet, &object.metadata),
         };
-        Key { kind, name: name_of(metadata) }
+        Key::new(kind, name_of(metadata))
     }
 }
 

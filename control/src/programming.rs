@@ -19,17 +19,16 @@ pub fn triggers(store: &Store, changes: &[Change], since: Timestamp) -> Vec<(Fam
     let mut triggers: Vec<(Option<ServiceName>, Family, Timestamp)> = Vec::new();
     for change in changes {
         match change {
-            Change::Apply(Object::EndpointSlice(slice), _) => {
+            Change::Apply(object @ Object::EndpointSlice(slice), _) => {
                 let Some(trigger) = trigger(slice).filter(|trigger| *trigger > since) else { continue };
-                let name = crate::object::name_of(&slice.metadata);
                 let is_same = |held: &EndpointSlice| held.endpoints == slice.endpoints && held.ports == slice.ports;
-                if !store.slice(&name).is_some_and(|held| is_same(&held.object)) {
+                if !store.slice(&object.key()).is_some_and(|held| is_same(&held.object)) {
                     let family = Family::BOTH.into_iter().find(|family| family.to_string() == slice.address_type);
                     triggers.extend(family.map(|family| (service_of(slice), family, trigger)));
                 }
             }
             Change::Delete(key) if key.kind == Kind::EndpointSlice => {
-                let service = store.slice(&key.name).and_then(|held| service_of(&held.object));
+                let service = store.slice(key).and_then(|held| service_of(&held.object));
                 triggers.retain(|(of, ..)| *of != service);
             }
             Change::Apply(..) | Change::Delete(_) => {}
@@ -60,7 +59,10 @@ mod tests {
     }
 
     fn delete(name: &str) -> Change {
-        Change::Delete(Key { kind: Kind::EndpointSlice, name: ServiceName::new("n", name) })
+        Change::Delete(Key {
+            service: Some("web".into()),
+            ..Key::new(Kind::EndpointSlice, ServiceName::new("n", name))
+        })
     }
 
     #[test]

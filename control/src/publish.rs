@@ -13,15 +13,19 @@ use sluice_dataplane::table::{
 use crate::address;
 use crate::config::Config;
 use crate::drains::{Drains, Target};
+use crate::headless::VirtualAddresses;
 use crate::health_check::HealthCheck;
 use crate::local::LocalControllers;
+use crate::names::Names;
 use crate::node::NodeFacts;
 use crate::object::{SERVICE_NAME_LABEL, name_of, service_of};
 use crate::problem::{Origin, Problem, Reason};
+use crate::resolve::Rules;
 use crate::resolve::advice::advise;
-use crate::resolve::{Rules, resolve};
 use crate::source::Update;
 use crate::store::{Store, Stored, Touched};
+
+mod names;
 
 /// Objects, and the tables made of them.
 pub struct Publisher {
@@ -39,6 +43,8 @@ pub struct Publisher {
     drains: Drains,
     /// The own Node object has been there.
     has_met_node: bool,
+    names: Option<Names>,
+    virtuals: Option<VirtualAddresses>,
 }
 
 impl Publisher {
@@ -68,6 +74,8 @@ impl Publisher {
             health_checks: BTreeMap::new(),
             drains: Drains::default(),
             has_met_node: false,
+            names: config.dns.as_ref().map(Names::new),
+            virtuals: config.dns.as_ref().map(VirtualAddresses::new),
             config,
         };
         publisher.learn_node();
@@ -83,6 +91,7 @@ impl Publisher {
             None => update.changes,
         };
         let touched = if update.is_whole { self.store.replace(changes) } else { self.store.apply(changes) };
+        self.update_names(&touched);
         self.resolve(touched).then(|| self.builder.build())
     }
 
@@ -91,6 +100,7 @@ impl Publisher {
     pub fn first(&mut self, update: Update, flows: impl Iterator<Item = (IpAddr, EndpointSlot)>) -> Arc<RoutingTable> {
         self.builder.inherit(flows);
         self.update(update);
+        self.names.as_mut().map(Names::synced);
         self.builder.synced();
         self.builder.build()
     }
@@ -188,6 +198,7 @@ impl Publisher {
             let problem = problem.because(Reason::AddressConflict);
             origin.map_or(problem.clone(), |origin| problem.from(origin))
         }));
+        problems.extend(self.virtuals.iter().flat_map(VirtualAddresses::problems).cloned());
         problems.extend(self.loops());
         // The API's selectors leave out Services whose slices they let in: nobody's mistake.
         let orphans = self.store.slices_without_service().filter(|slice| slice.origin != Origin::Api);
@@ -267,8 +278,7 @@ impl Publisher {
             self.health_checks.remove(name);
             return self.builder.remove(name);
         };
-        let slices = self.store.slices(name).map(|slice| &*slice.object);
-        let resolved = resolve(&service.object, slices, &self.node, &self.rules);
+        let resolved = self.resolved(name, &service.object);
         let origin = |problem: &Problem| {
             let slice = problem.object.as_deref().and_then(|object| object.strip_prefix("EndpointSlice "));
             let mut slices = self.store.slices(name);
@@ -316,6 +326,8 @@ impl Publisher {
         let mut ranges = self.config.service_cidrs();
         let declared = self.store.service_cidrs().filter_map(|object| object.object.spec.as_ref()?.cidrs.as_ref());
         ranges.extend(declared.flatten().filter_map(|range| address::parse_range(range)));
+        // Virtual addresses are ours: routed as a whole, whoever has them.
+        ranges.extend(self.config.dns.iter().flat_map(|dns| &dns.virtual_cidrs));
         ranges.sort_unstable();
         ranges.dedup();
         self.node.spec(&self.config, ranges)

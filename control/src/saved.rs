@@ -80,8 +80,10 @@ impl Saved {
                 Object::EndpointSlice(object) => line(&mut out, "EndpointSlice", &**object)?,
                 Object::Node(object) => line(&mut out, "Node", &**object)?,
                 Object::ServiceCidr(object) => line(&mut out, "ServiceCIDR", &**object)?,
+                Object::Namespace(object) => line(&mut out, "Namespace", &**object)?,
+                Object::Pod(object) => line(&mut out, "Pod", &**object)?,
                 // No API source has them.
-                Object::Pod(_) | Object::Deployment(_) | Object::StatefulSet(_) => continue,
+                Object::Deployment(_) | Object::StatefulSet(_) => continue,
             }
             count += 1;
         }
@@ -156,6 +158,8 @@ fn object(line: &str) -> Result<Change, String> {
         "EndpointSlice" => Object::EndpointSlice(read(json)?),
         "Node" => Object::Node(read(json)?),
         "ServiceCIDR" => Object::ServiceCidr(read(json)?),
+        "Namespace" => Object::Namespace(read(json)?),
+        "Pod" => Object::Pod(read(json)?),
         other => return Err(format!("it has an object of kind {other:?}")),
     };
     Ok(Change::Apply(object, Origin::Api))

@@ -2,9 +2,10 @@
 
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
+use sluice_dataplane::dns::Answerer;
 use sluice_dataplane::net::Family;
 use sluice_dataplane::packet_path::Shared;
 use sluice_dataplane::table::{Deadline, RoutingTable, ServiceName};
@@ -14,11 +15,11 @@ use crate::admin::{self, kube_proxy};
 use crate::config::Config;
 use crate::drains::Target;
 use crate::events::{About, Events, Told};
-use crate::object::service_of;
 use crate::problem::{Origin, Problem, Reason, Severity};
 use crate::programming;
 use crate::publish::Publisher;
 use crate::source::Update;
+use crate::upstream::Upstreams;
 
 /// What the admin API shows.
 pub struct State {
@@ -38,6 +39,10 @@ pub struct State {
     pub progress: Mutex<Progress>,
     freshness: Mutex<Freshness>,
     publisher: Mutex<Publisher>,
+    /// Who answers names; nobody unless configured.
+    pub names: Option<Arc<Answerer>>,
+    /// Who is asked for names that are not ours.
+    pub upstreams: Option<Arc<Upstreams>>,
     /// What is wrong with health check ports.
     pub health_problems: Mutex<Vec<Problem>>,
     /// New connections are another service proxy's.
@@ -92,6 +97,8 @@ impl State {
         source: String,
         events: Option<Events>,
         publisher: Publisher,
+        names: Option<Arc<Answerer>>,
+        upstreams: Option<Arc<Upstreams>>,
     ) -> Self {
         let progress = Progress { pending_since: None, last_applied: Timestamp::now() };
         Self {
@@ -104,6 +111,8 @@ impl State {
             progress: Mutex::new(progress),
             freshness: Mutex::default(),
             publisher: Mutex::new(publisher),
+            names,
+            upstreams,
             health_problems: Mutex::default(),
             retiring: AtomicBool::new(false),
             said: Mutex::default(),
@@ -139,6 +148,7 @@ impl State {
         let table = self.publish(table, begun);
         *self.freshness.lock().unwrap_or_else(PoisonError::into_inner) = freshness;
         kube_proxy::applied(&families, extent, begun.elapsed(), &triggers);
+        self.publish_names(&mut publisher);
         self.save(&mut publisher);
         table
     }
@@ -156,6 +166,7 @@ impl State {
         // Only now it is known which families are served.
         kube_proxy::queued(&self.families(), changes);
         kube_proxy::applied(&self.families(), Extent::All, begun.elapsed(), &[]);
+        self.publish_names(&mut publisher);
         self.save(&mut publisher);
     }
 
@@ -176,6 +187,19 @@ impl State {
         let (known, table) = self.publisher().set_drain(target, until)?;
         self.publish(table, begun);
         Ok(known)
+    }
+
+    /// Swaps the zone, when there is another. The packet path has been told first: a name never leads where nobody is.
+    fn publish_names(&self, publisher: &mut Publisher) {
+        let Some(names) = &self.names else { return };
+        if let Some(zone) = publisher.zone(Timestamp::now()) {
+            names.publish(zone);
+        }
+        let now = Timestamp::now();
+        for (kind, triggered) in publisher.take_triggers() {
+            // Clocks differ: what seems to come from the future took no time.
+            admin::metrics::names_changed(kind, Duration::try_from(now.duration_since(triggered)).unwrap_or_default());
+        }
     }
 
     fn save(&self, publisher: &mut Publisher) {
@@ -212,7 +236,7 @@ impl State {
         let publisher = self.publisher();
         let (store, named) = (publisher.store(), ServiceName::new(namespace, name));
         let service = match kind {
-            "EndpointSlice" => store.slice(&named).and_then(|slice| service_of(&slice.object)),
+            "EndpointSlice" => store.services_of_slice(&named).next().cloned(),
             _ => Some(named),
         };
         let Some((name, service)) = service.and_then(|name| store.service(&name).map(|it| (name, it))) else { return };

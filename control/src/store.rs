@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use ahash::{AHashMap, AHashSet};
-use k8s_openapi::api::core::v1::{Node, Pod, Service};
+use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use sluice_dataplane::table::ServiceName;
@@ -31,6 +31,10 @@ pub struct Touched {
     pub nodes: BTreeSet<String>,
     /// A ServiceCIDR changed.
     pub service_cidrs: bool,
+    /// Namespaces that came or went.
+    pub namespaces: BTreeSet<String>,
+    /// Pods that came, changed or went.
+    pub pods: BTreeSet<ServiceName>,
 }
 
 /// All objects that the data plane is made of.
@@ -40,11 +44,10 @@ pub struct Store {
     slices: AHashMap<ServiceName, BTreeMap<Arc<str>, Stored<EndpointSlice>>>,
     /// Slices whose label names no Service.
     unlabelled: BTreeMap<ServiceName, Stored<EndpointSlice>>,
-    /// The Service of each slice, by the slice's own name: its label may change.
-    slice_services: AHashMap<ServiceName, ServiceName>,
     pods: AHashMap<ServiceName, Stored<Pod>>,
     nodes: BTreeMap<String, Stored<Node>>,
     service_cidrs: BTreeMap<String, Stored<ServiceCIDR>>,
+    namespaces: BTreeMap<String, Stored<Namespace>>,
 }
 
 impl Store {
@@ -87,19 +90,22 @@ impl Store {
         let pods = self.pods.values().map(|held| Object::Pod(Arc::clone(&held.object)));
         let nodes = self.nodes.values().map(|held| Object::Node(Arc::clone(&held.object)));
         let ranges = self.service_cidrs.values().map(|held| Object::ServiceCidr(Arc::clone(&held.object)));
-        services.chain(slices).chain(pods).chain(nodes).chain(ranges)
+        let namespaces = self.namespaces.values().map(|held| Object::Namespace(Arc::clone(&held.object)));
+        services.chain(slices).chain(pods).chain(nodes).chain(ranges).chain(namespaces)
     }
 
     fn holds(&self, object: &Object) -> bool {
-        let name = object.key().name;
+        let key = object.key();
+        let name = &key.name;
         match object {
-            Object::Service(object) => self.services.get(&name).is_some_and(|held| held.object == *object),
-            Object::EndpointSlice(object) => self.slice(&name).is_some_and(|held| held.object == *object),
-            Object::Pod(object) => self.pods.get(&name).is_some_and(|held| held.object == *object),
+            Object::Service(object) => self.services.get(name).is_some_and(|held| held.object == *object),
+            Object::EndpointSlice(object) => self.slice(&key).is_some_and(|held| held.object == *object),
+            Object::Pod(object) => self.pods.get(name).is_some_and(|held| held.object == *object),
             Object::Node(object) => self.nodes.get(&*name.name).is_some_and(|held| held.object == *object),
             Object::ServiceCidr(object) => {
                 self.service_cidrs.get(&*name.name).is_some_and(|held| held.object == *object)
             }
+            Object::Namespace(object) => self.namespaces.get(&*name.name).is_some_and(|held| held.object == *object),
             Object::Deployment(_) | Object::StatefulSet(_) => false,
         }
     }
@@ -117,9 +123,15 @@ impl Store {
 
     /// An EndpointSlice.
     #[must_use]
-    pub fn slice(&self, name: &ServiceName) -> Option<&Stored<EndpointSlice>> {
-        let service = self.slice_services.get(name);
-        service.map_or_else(|| self.unlabelled.get(name), |service| self.slices.get(service)?.get(&name.name))
+    pub fn slice(&self, key: &Key) -> Option<&Stored<EndpointSlice>> {
+        let Some(service) = &key.service else { return self.unlabelled.get(&key.name) };
+        self.slices.get(&ServiceName::new(&key.name.namespace, service))?.get(&key.name.name)
+    }
+
+    /// Services that EndpointSlices of this name are of.
+    pub fn services_of_slice(&self, name: &ServiceName) -> impl Iterator<Item = &ServiceName> {
+        let of = self.slices.iter().filter(|(_, slices)| slices.contains_key(&name.name));
+        of.map(|(service, _)| service).filter(|service| service.namespace == name.namespace)
     }
 
     /// The EndpointSlices of a Service, by name.
@@ -143,6 +155,18 @@ impl Store {
         self.pods.iter()
     }
 
+    /// A Pod.
+    #[must_use]
+    pub fn pod(&self, name: &ServiceName) -> Option<&Stored<Pod>> {
+        self.pods.get(name)
+    }
+
+    /// A Namespace.
+    #[must_use]
+    pub fn namespace(&self, name: &str) -> Option<&Stored<Namespace>> {
+        self.namespaces.get(name)
+    }
+
     /// A Node.
     #[must_use]
     pub fn node(&self, name: &str) -> Option<&Stored<Node>> {
@@ -162,19 +186,18 @@ impl Store {
                 touched.services.insert(name);
             }
             Object::EndpointSlice(object) => {
-                self.remove_slice(&name, touched);
                 // Without the label, or with an empty one, it is nobody's.
                 if let Some(service) = service_of(&object) {
                     let slices = self.slices.entry(service.clone()).or_default();
-                    slices.insert(Arc::clone(&name.name), Stored { object, origin });
-                    self.slice_services.insert(name, service.clone());
+                    slices.insert(name.name, Stored { object, origin });
                     touched.services.insert(service);
                 } else {
                     self.unlabelled.insert(name, Stored { object, origin });
                 }
             }
             Object::Pod(object) => {
-                self.pods.insert(name, Stored { object, origin });
+                self.pods.insert(name.clone(), Stored { object, origin });
+                touched.pods.insert(name);
             }
             Object::Node(object) => {
                 self.nodes.insert(name.name.to_string(), Stored { object, origin });
@@ -183,6 +206,10 @@ impl Store {
             Object::ServiceCidr(object) => {
                 self.service_cidrs.insert(name.name.to_string(), Stored { object, origin });
                 touched.service_cidrs = true;
+            }
+            Object::Namespace(object) => {
+                self.namespaces.insert(name.name.to_string(), Stored { object, origin });
+                touched.namespaces.insert(name.name.to_string());
             }
             // Only `demo` uses them.
             Object::Deployment(_) | Object::StatefulSet(_) => {}
@@ -197,9 +224,10 @@ impl Store {
                     touched.services.insert(name.clone());
                 }
             }
-            Kind::EndpointSlice => self.remove_slice(name, touched),
+            Kind::EndpointSlice => self.remove_slice(key, touched),
             Kind::Pod => {
                 self.pods.remove(name);
+                touched.pods.insert(name.clone());
             }
             Kind::Node => {
                 self.nodes.remove(&*name.name);
@@ -209,15 +237,22 @@ impl Store {
                 self.service_cidrs.remove(&*name.name);
                 touched.service_cidrs = true;
             }
+            Kind::Namespace => {
+                self.namespaces.remove(&*name.name);
+                touched.namespaces.insert(name.name.to_string());
+            }
             Kind::Deployment | Kind::StatefulSet => {}
         }
     }
 
-    fn remove_slice(&mut self, name: &ServiceName, touched: &mut Touched) {
-        self.unlabelled.remove(name);
-        let Some(service) = self.slice_services.remove(name) else { return };
+    fn remove_slice(&mut self, key: &Key, touched: &mut Touched) {
+        let Some(service) = &key.service else {
+            self.unlabelled.remove(&key.name);
+            return;
+        };
+        let service = ServiceName::new(&key.name.namespace, service);
         if let Some(slices) = self.slices.get_mut(&service) {
-            slices.remove(&name.name);
+            slices.remove(&key.name.name);
             if slices.is_empty() {
                 self.slices.remove(&service);
             }

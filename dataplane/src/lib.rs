@@ -4,6 +4,7 @@
 //! decided about ([`decide`], over the [`table`]) and given to an endpoint ([`select`]), rewritten and sent on.
 
 pub mod decide;
+pub mod dns;
 pub mod flow;
 mod memory;
 pub mod net;

@@ -3,12 +3,14 @@
 pub mod api_cluster;
 pub mod cluster;
 pub mod control_plane;
+pub mod dns;
 pub mod fake_api;
 pub mod http;
 pub mod kube_proxy;
 pub mod lab;
 pub mod manifests;
 pub mod naive;
+pub mod name_server;
 pub mod probe;
 pub mod relay;
 pub mod sctp;

@@ -12,11 +12,12 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use sluice_dataplane::net::Direction;
 use sluice_dataplane::table::{Failure, FrontendKind, PortName};
 
-use super::{kube_proxy, views};
+use super::{kube_proxy, names, views};
 use crate::problem::Severity;
 use crate::state::State;
 
 const APPLY_SECONDS: &str = "sluice_table_apply_duration_seconds";
+const PROGRAMMING_SECONDS: &str = "coredns_kubernetes_dns_programming_duration_seconds";
 const DRAIN_SECONDS: &str = "sluice_drain_duration_seconds";
 const EJECTIONS: &str = "sluice_ejections_total";
 const SOURCE_ERRORS: &str = "sluice_source_errors_total";
@@ -35,11 +36,19 @@ pub fn install() -> Result<()> {
             builder.set_buckets_for_metric(Matcher::Full(DRAIN_SECONDS.to_owned()), &seconds)
         })
         .and_then(kube_proxy::buckets)
+        .and_then(|builder| {
+            let seconds: Vec<f64> = (0..20).map(|power| 0.001 * f64::from(1 << power)).collect();
+            builder.set_buckets_for_metric(Matcher::Full(PROGRAMMING_SECONDS.to_owned()), &seconds)
+        })
         .context("buckets of a histogram")?
         .build_recorder();
     EVENTS.get_or_init(|| recorder.handle());
     metrics::set_global_recorder(recorder).map_err(|error| anyhow::anyhow!("metrics: {error}"))?;
     describe_histogram!(APPLY_SECONDS, "Time from an update to its routing table being in force");
+    describe_histogram!(
+        PROGRAMMING_SECONDS,
+        "Time from a change of endpoints to names that show it, by kind of Service"
+    );
     describe_histogram!(DRAIN_SECONDS, "Time from the beginning of a drain to the end of the endpoint's last flow");
     describe_counter!(EJECTIONS, "Endpoints that got no new flows for a while because too many failed");
     describe_counter!(SOURCE_ERRORS, "Requests to the API server that failed, by resource, verb and code");
@@ -51,6 +60,11 @@ pub fn install() -> Result<()> {
 /// A table is in force.
 pub fn table_applied(took: Duration) {
     histogram!(APPLY_SECONDS).record(took);
+}
+
+/// A change of endpoints is in the zone that is in force.
+pub fn names_changed(service_kind: &'static str, took: Duration) {
+    histogram!(PROGRAMMING_SECONDS, "service_kind" => service_kind).record(took);
 }
 
 /// An endpoint was ejected.
@@ -93,7 +107,7 @@ pub fn render(state: &State) -> String {
         process();
     });
     let events = EVENTS.get().map(PrometheusHandle::render).unwrap_or_default();
-    recorder.handle().render() + &events
+    recorder.handle().render() + &events + &names::render(state)
 }
 
 /// Processor time, memory and files of this process, under the names that every Prometheus client has.
@@ -113,6 +127,11 @@ fn describe() {
         "Opens that an endpoint did not take, by Service port and reason"
     );
     describe_counter!("sluice_connect_retries_total", "Opens moved to another endpoint, by Service port");
+    describe_gauge!("sluice_held_clients", "Connections that wait for a first endpoint now, by Service port");
+    describe_counter!(
+        "sluice_held_clients_total",
+        "Connections that waited for a first endpoint, by Service port and whether one came"
+    );
     describe_gauge!("sluice_endpoint_states", "Endpoints, by Service port and state");
     describe_gauge!("sluice_flows_draining", "Flows of endpoints that drain, by Service port");
     describe_counter!("sluice_flows_ended_total", "Flows ended because their endpoint was gone, by reason");
@@ -185,6 +204,12 @@ fn record_services(state: &State) {
                 let way = [("direction", way(direction))];
                 counter!("sluice_bytes_total", labels(&way)).absolute(totals.bytes[at]);
                 counter!("sluice_packets_total", labels(&way)).absolute(totals.packets[at]);
+            }
+            if let Some(held) = state.shared.held(slot) {
+                gauge!("sluice_held_clients", labels(&[])).set(held.waiting as f64);
+                for (outcome, count) in [("released", held.released), ("expired", held.expired)] {
+                    counter!("sluice_held_clients_total", labels(&[("outcome", outcome.to_owned())])).absolute(count);
+                }
             }
             let usable: usize = ports.iter().map(|port| port.cluster.addresses.len()).sum();
             gauge!("sluice_endpoints", labels(&[])).set(usable as f64);

@@ -6,6 +6,7 @@
 //! | `/healthz`, `/livez` | 200 or 503, JSON as kube-proxy's |
 //! | `/api/v1/services`, `endpoints`, `frontends`, `flows` | lists behind `sluice get` |
 //! | `/api/v1/trace?from=IP&to=IP:PORT&proto=tcp` | what happens to a new flow, behind `sluice trace --admin` |
+//! | `/api/v1/resolve?name=NAME&type=TYPE&from=NS` | what a name is answered with, behind `sluice resolve --admin` |
 //! | `POST /api/v1/drain`, `undrain` | drains by hand, behind `sluice drain` |
 //! | `POST /api/v1/retire` | new connections are another service proxy's, behind `sluice retire` |
 //! | `/api/v1/problems` | everything that is wrong with objects now |
@@ -38,6 +39,7 @@ pub mod drain;
 pub mod health;
 pub mod kube_proxy;
 pub mod metrics;
+pub mod names;
 pub mod pages;
 pub mod status;
 pub mod views;
@@ -63,6 +65,7 @@ pub fn serve(state: &Arc<State>) -> Result<JoinSet<std::io::Result<()>>> {
         .route("/api/v1/frontends", get(|Extract(state): Extract<Arc<State>>| list(state, views::frontends)))
         .route("/api/v1/flows", get(|Extract(state): Extract<Arc<State>>| list(state, views::flows)))
         .route("/api/v1/trace", get(trace))
+        .route("/api/v1/resolve", get(resolve))
         .route("/api/v1/problems", get(|Extract(state): Extract<Arc<State>>| list(state, views::problems)))
         .route("/api/v1/status", get(status::status))
         .route("/proxyMode", get(pages::PROXY_MODE))
@@ -129,6 +132,17 @@ async fn render_metrics(Extract(state): Extract<Arc<State>>) -> impl IntoRespons
 async fn trace(Extract(state): Extract<Arc<State>>, Query(question): Query<Question>) -> impl IntoResponse {
     match question.flow() {
         Ok(flow) => Json(crate::trace::trace(&state.shared.table(), &flow)).into_response(),
+        Err(reason) => (StatusCode::BAD_REQUEST, reason + "\n").into_response(),
+    }
+}
+
+/// Asks as clients of the responder do.
+async fn resolve(Extract(state): Extract<Arc<State>>, Query(asked): Query<crate::dns::Asked>) -> impl IntoResponse {
+    let Some(names) = &state.names else {
+        return (StatusCode::NOT_FOUND, "names are not answered: dns is not configured\n").into_response();
+    };
+    match crate::dns::ask(names, &asked).await {
+        Ok(resolved) => Json(resolved).into_response(),
         Err(reason) => (StatusCode::BAD_REQUEST, reason + "\n").into_response(),
     }
 }

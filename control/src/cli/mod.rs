@@ -17,6 +17,7 @@ pub mod drain;
 pub mod get;
 pub mod offline;
 mod report;
+pub mod resolve;
 pub mod retire;
 pub mod run;
 pub mod status;
@@ -54,6 +55,8 @@ enum Command {
     Get(get::Args),
     /// Say what happens to a new connection, and by which rule
     Trace(trace::Args),
+    /// Say what a name is answered with
+    Resolve(resolve::Args),
     /// Give an endpoint no new flows and let those it has end
     Drain(drain::Args),
     /// Give a drained endpoint new flows again
@@ -87,6 +90,7 @@ pub fn main() -> ExitCode {
         Command::Status(args) => status::run(args),
         Command::Get(args) => get::run(args),
         Command::Trace(args) => trace::run(args),
+        Command::Resolve(args) => resolve::run(args),
         Command::Drain(args) => drain::drain(args),
         Command::Undrain(args) => drain::undrain(args),
         Command::Retire(args) => retire::run(args),

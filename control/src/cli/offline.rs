@@ -29,6 +29,7 @@ pub fn load_cluster(mut config: Config, access: Access) -> Result<Publisher> {
         service_proxy_name: config.service_proxy_name.clone(),
         node_patience: Duration::ZERO,
         silence: SILENCE,
+        names: None,
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let update = runtime.block_on(async {
@@ -74,6 +75,6 @@ pub fn load(mut config: Config, manifests: &Path) -> Publisher {
         config.node_name = Some(only.unwrap_or_default());
     }
     let mut publisher = Publisher::new(config, Vec::new(), Arc::new(Slots::new(1)));
-    publisher.update(update);
+    publisher.first(update, std::iter::empty());
     publisher
 }

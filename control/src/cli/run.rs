@@ -52,6 +52,9 @@ pub struct Args {
     /// After handing over to another daemon wait for SIGTERM instead of ending, as in a DaemonSet
     #[arg(long)]
     linger: bool,
+    /// Let programs of this machine find the names: tells systemd-resolved, or says which line to put into resolv.conf
+    #[arg(long)]
+    dns_local: bool,
     /// Packet threads [default: one for each CPU, at most 8]
     #[arg(long, value_name = "N")]
     workers: Option<usize>,
@@ -99,6 +102,9 @@ pub fn run(mut args: Args) -> Result<ExitCode> {
     config.leave_on_stop |= args.leave_on_stop;
     config.linger |= args.linger;
     config.workers = args.workers.or(config.workers);
+    if args.dns_local {
+        config.dns.get_or_insert_default();
+    }
     config.validate()?;
     if args.source.manifests.is_none() {
         args.source.kubeconfig = args.source.kubeconfig.or(wishes.kubeconfig);
@@ -124,7 +130,7 @@ pub fn run(mut args: Args) -> Result<ExitCode> {
         if args.dry_run {
             return dry_run(config, source).await;
         }
-        daemon::run(config, source).await?;
+        daemon::run(config, source, args.dns_local).await?;
         Ok(ExitCode::SUCCESS)
     })
 }
@@ -151,7 +157,8 @@ async fn source(config: &Config, access: Option<Access>, manifests: Option<PathB
     access.client().await.map_err(|error| ConfigError::new("access to the API server", format!("{error:#}")))?;
     let (node_name, service_proxy_name) = (config.node_name(), config.service_proxy_name.clone());
     let (node_patience, silence) = (api::NODE_PATIENCE, api::SILENCE);
-    Ok(Source::Api(api::Options { access, node_name, service_proxy_name, node_patience, silence }))
+    let names = config.dns.as_ref().map(|dns| dns.pods);
+    Ok(Source::Api(api::Options { access, node_name, service_proxy_name, names, node_patience, silence }))
 }
 
 /// What the daemon would serve, as `sluice check` says it, of the first update alone.

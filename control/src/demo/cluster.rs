@@ -156,7 +156,11 @@ fn published(object: &Object) -> Option<Result<Value, serde_json::Error>> {
         Object::Service(object) => Some(serde_json::to_value(&**object)),
         Object::EndpointSlice(object) => Some(serde_json::to_value(&**object)),
         Object::Node(object) => Some(serde_json::to_value(&**object)),
-        Object::Pod(_) | Object::ServiceCidr(_) | Object::Deployment(_) | Object::StatefulSet(_) => None,
+        Object::Pod(_)
+        | Object::ServiceCidr(_)
+        | Object::Namespace(_)
+        | Object::Deployment(_)
+        | Object::StatefulSet(_) => None,
     }
 }
 

@@ -137,7 +137,7 @@ impl Stage<'_> {
         for (name, fate) in ending {
             self.pods.remove(&name)?;
             self.fates.insert(name.clone(), fate);
-            gone.push(crate::source::Change::Delete(Key { kind: Kind::Pod, name }));
+            gone.push(crate::source::Change::Delete(Key::new(Kind::Pod, name)));
         }
         self.cluster.update(gone).map(drop)
     }

@@ -92,7 +92,11 @@ pub(super) fn plan(objects: &[Object], skipped: &BTreeMap<String, u64>) -> Plan 
                 service.metadata.namespace = Some(in_namespace(&service.metadata).namespace.to_string());
                 plan.services.push(service);
             }
-            Object::EndpointSlice(_) | Object::Pod(_) | Object::Node(_) | Object::ServiceCidr(_) => {}
+            Object::EndpointSlice(_)
+            | Object::Pod(_)
+            | Object::Node(_)
+            | Object::ServiceCidr(_)
+            | Object::Namespace(_) => {}
         }
     }
     if plan.workloads.len() > MOST_WORKLOADS {

@@ -1,5 +1,6 @@
 //! The TUN link and the addresses of the host.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use anyhow::{Context as _, Result};
@@ -10,8 +11,50 @@ use rtnetlink::{Handle, LinkUnspec};
 
 use super::{LINK, sysctl};
 
-/// Addresses of the host, loopback and link-local ones left out, in the kernel's order.
+/// Addresses of the host, those of loopback, link-local ones and ours left out, in the kernel's order.
 pub(super) async fn addresses(netlink: &Handle) -> Result<Vec<IpAddr>> {
+    let is_own = |address: &IpAddr| match address {
+        IpAddr::V4(address) => !address.is_loopback() && !address.is_link_local(),
+        IpAddr::V6(address) => !address.is_loopback() && !address.is_unicast_link_local(),
+    };
+    let ours = index(netlink).await?;
+    let messages = all_addresses(netlink).await?;
+    let elsewhere = messages.iter().filter(|(_, message)| Some(message.header.index) != ours);
+    Ok(elsewhere.map(|(address, _)| *address).filter(is_own).collect())
+}
+
+/// Gives our link, where it is there, those of the addresses that no other link has, and takes others away that it was
+/// given. Returns what had to be changed.
+pub(super) async fn set_addresses(netlink: &Handle, wanted: &BTreeSet<IpAddr>) -> Result<Vec<String>> {
+    let Some(ours) = index(netlink).await? else { return Ok(Vec::new()) };
+    let present = all_addresses(netlink).await?;
+    // Every address of 127.0.0.0/8 is there anyway.
+    let may_need_link = |address: &IpAddr| !address.is_loopback() && !address.is_unspecified();
+    let elsewhere = |address: &IpAddr| present.iter().any(|(at, it)| at == address && it.header.index != ours);
+    let wanted: BTreeSet<IpAddr> =
+        wanted.iter().filter(|address| may_need_link(address) && !elsewhere(address)).copied().collect();
+    let mut changes = Vec::new();
+    for (address, message) in present.into_iter().filter(|(_, message)| message.header.index == ours) {
+        // The kernel gives a link an address of its own.
+        let is_kernels = matches!(address, IpAddr::V6(address) if address.is_unicast_link_local());
+        if !is_kernels && !wanted.contains(&address) {
+            let removed = netlink.address().del(message).execute().await;
+            removed.with_context(|| format!("cannot remove {address} from {LINK}"))?;
+            changes.push(format!("address {address}"));
+        }
+    }
+    let has = all_addresses(netlink).await?;
+    let is_there = |address: &IpAddr| has.iter().any(|(at, message)| at == address && message.header.index == ours);
+    for address in wanted.iter().filter(|address| !is_there(address)) {
+        let prefix = if address.is_ipv4() { 32 } else { 128 };
+        let added = netlink.address().add(ours, *address, prefix).execute().await;
+        added.with_context(|| format!("cannot give {LINK} the address {address}"))?;
+        changes.push(format!("address {address}"));
+    }
+    Ok(changes)
+}
+
+async fn all_addresses(netlink: &Handle) -> Result<Vec<(IpAddr, AddressMessage)>> {
     let messages: Vec<AddressMessage> =
         netlink.address().get().execute().try_collect().await.context("cannot list the host's addresses")?;
     let address = |message: &AddressMessage| {
@@ -25,11 +68,7 @@ pub(super) async fn addresses(netlink: &Handle) -> Result<Vec<IpAddr>> {
         // On a point-to-point link "address" is the peer's.
         find(true).or_else(|| find(false))
     };
-    let is_own = |address: &IpAddr| match address {
-        IpAddr::V4(address) => !address.is_loopback() && !address.is_link_local(),
-        IpAddr::V6(address) => !address.is_loopback() && !address.is_unicast_link_local(),
-    };
-    Ok(messages.iter().filter_map(address).filter(is_own).collect())
+    Ok(messages.into_iter().filter_map(|message| Some((address(&message)?, message))).collect())
 }
 
 /// Brings the link up with the settings that packets of our making need. The link must be there.

@@ -84,6 +84,7 @@ impl Host {
     /// Brings the host to this plan, whatever it is at now. Returns what had to be changed: empty when all was right.
     pub async fn apply(&mut self, plan: Plan) -> anyhow::Result<Vec<String>> {
         let mut changes = link::set_up(&self.netlink).await?;
+        changes.extend(link::set_addresses(&self.netlink, &plan.names).await?);
         let found = nft::read()?;
         let hand_over = HandOver { carried: self.find_carried(&plan), ..self.hand_over.clone() };
         let has_ended = self.has_looked && hand_over.carried != self.hand_over.carried;
@@ -166,6 +167,7 @@ impl Host {
     /// Removes everything of ours, the link excepted, which goes with its last queue. Returns what was there.
     pub async fn clean_up(&mut self) -> anyhow::Result<Vec<String>> {
         let mut removed = rule::remove(&self.netlink).await?;
+        removed.extend(link::set_addresses(&self.netlink, &BTreeSet::new()).await?);
         removed.extend(route::remove(&self.netlink).await?);
         let found = nft::read()?;
         let mut ours = std::mem::take(&mut self.noted);

@@ -26,6 +26,8 @@ pub struct Plan {
     pub services: BTreeSet<IpNet>,
     /// Single frontends on addresses of the node itself: the rest of such an address stays the node's.
     pub own_frontends: BTreeSet<(IpAddr, Protocol, u16)>,
+    /// Addresses where names are answered. Those that no link of the host has are put on ours.
+    pub names: BTreeSet<IpAddr>,
 }
 
 impl Plan {
@@ -45,6 +47,7 @@ impl Plan {
             masquerade_ports: Some(config.masquerade_ports),
             services: node.spec().service_cidrs.iter().filter(|range| served(&range.addr())).copied().collect(),
             own_frontends: BTreeSet::new(),
+            names: config.dns.iter().flat_map(|dns| &dns.listen).map(SocketAddr::ip).collect(),
             families: families.clone(),
         };
         for frontend in table.frontends() {

@@ -9,14 +9,14 @@ use xxhash_rust::xxh3::xxh3_64;
 
 /// What a value is made up for: a part of a Service, such as one of its ports.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Holder {
-    pub(super) service: ServiceName,
-    pub(super) part: String,
+pub(crate) struct Holder {
+    pub(crate) service: ServiceName,
+    pub(crate) part: String,
 }
 
 /// Values in use.
 #[derive(Debug)]
-pub(super) struct Allocator<V> {
+pub(crate) struct Allocator<V> {
     explicit: AHashMap<V, BTreeSet<ServiceName>>,
     claims: AHashMap<ServiceName, BTreeSet<V>>,
     taken: AHashMap<V, Holder>,
@@ -34,7 +34,7 @@ impl<V> Default for Allocator<V> {
 
 impl<V: Copy + Eq + Hash + Ord> Allocator<V> {
     /// Says which values a Service has explicitly now. Returns the Services that lose a made-up one by it.
-    pub(super) fn claim(&mut self, service: &ServiceName, values: BTreeSet<V>) -> Vec<ServiceName> {
+    pub(crate) fn claim(&mut self, service: &ServiceName, values: BTreeSet<V>) -> Vec<ServiceName> {
         for value in self.claims.remove(service).into_iter().flatten() {
             if let Some(services) = self.explicit.get_mut(&value) {
                 services.remove(service);
@@ -58,7 +58,7 @@ impl<V: Copy + Eq + Hash + Ord> Allocator<V> {
     }
 
     /// Gives back all made-up values of a Service but those for `parts`.
-    pub(super) fn keep_only(&mut self, service: &ServiceName, parts: &[String]) {
+    pub(crate) fn keep_only(&mut self, service: &ServiceName, parts: &[String]) {
         let from = Holder { service: service.clone(), part: String::new() };
         let held = self.held.range(from..).take_while(|(holder, _)| holder.service == *service);
         let given_up: Vec<Holder> =
@@ -71,7 +71,7 @@ impl<V: Copy + Eq + Hash + Ord> Allocator<V> {
     }
 
     /// Hands out what was remembered, before anybody else can get it.
-    pub(super) fn restore(&mut self, holder: &Holder, fits: impl Fn(V) -> bool) {
+    pub(crate) fn restore(&mut self, holder: &Holder, fits: impl Fn(V) -> bool) {
         if self.held.contains_key(holder) {
             return;
         }
@@ -81,7 +81,7 @@ impl<V: Copy + Eq + Hash + Ord> Allocator<V> {
     }
 
     /// The value held, or the first free candidate.
-    pub(super) fn allocate(&mut self, holder: Holder, candidates: impl IntoIterator<Item = V>) -> Option<V> {
+    pub(crate) fn allocate(&mut self, holder: Holder, candidates: impl IntoIterator<Item = V>) -> Option<V> {
         if let Some(value) = self.held.get(&holder) {
             return Some(*value);
         }
@@ -91,12 +91,12 @@ impl<V: Copy + Eq + Hash + Ord> Allocator<V> {
     }
 
     /// Every made-up value.
-    pub(super) fn held(&self) -> &BTreeMap<Holder, V> {
+    pub(crate) fn held(&self) -> &BTreeMap<Holder, V> {
         &self.held
     }
 
     /// Values of an earlier run.
-    pub(super) fn remember(&mut self, values: BTreeMap<Holder, V>) {
+    pub(crate) fn remember(&mut self, values: BTreeMap<Holder, V>) {
         self.remembered = values;
     }
 
@@ -112,7 +112,7 @@ impl<V: Copy + Eq + Hash + Ord> Allocator<V> {
 
 /// Every offset of a pool of `size`, beginning at a place that only the holder decides: the same in every process and
 /// version. The lowest offsets, which people like to choose by hand, come last.
-pub(super) fn probe(holder: &Holder, size: u128) -> impl Iterator<Item = u128> + use<> {
+pub(crate) fn probe(holder: &Holder, size: u128) -> impl Iterator<Item = u128> + use<> {
     let reserved = if size < 64 { 0 } else { (size / 16).clamp(16, 256) };
     let count = size - reserved;
     let hash = u128::from(xxh3_64(format!("{}:{}", holder.service, holder.part).as_bytes()));

@@ -263,7 +263,7 @@ fn open_ports(spec: &ServiceSpec) -> Vec<String> {
 }
 
 /// Addresses of a range but its first and, for IPv4, its last.
-fn candidates(holder: &Holder, range: IpNet) -> impl Iterator<Item = IpAddr> + use<> {
+pub(crate) fn candidates(holder: &Holder, range: IpNet) -> impl Iterator<Item = IpAddr> + use<> {
     let (first, last) = match range {
         IpNet::V4(range) => (u128::from(u32::from(range.network())) + 1, u128::from(u32::from(range.broadcast()))),
         IpNet::V6(range) => {

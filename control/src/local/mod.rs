@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use ahash::AHashMap;
+use ahash::{AHashMap, AHashSet};
 use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use sluice_dataplane::table::ServiceName;
@@ -14,9 +14,9 @@ use crate::object::{Key, Kind, Object, ZONE_LABEL, label, service_of};
 use crate::problem::{Origin, Problem};
 use crate::source::Change;
 
-mod allocator;
+pub(crate) mod allocator;
 mod defaults;
-mod frontends;
+pub(crate) mod frontends;
 mod selection;
 mod slices;
 mod state;
@@ -29,8 +29,8 @@ pub struct LocalControllers {
     services: AHashMap<ServiceName, Served>,
     frontends: Frontends,
     selection: Selection,
-    /// Slices of the source, with the Service each names.
-    given_slices: AHashMap<ServiceName, ServiceName>,
+    /// Slices of the source that name a Service.
+    given_slices: AHashSet<Key>,
     /// How many slices of the source a Service has.
     given_counts: AHashMap<ServiceName, usize>,
     zones: AHashMap<String, String>,
@@ -70,7 +70,7 @@ impl LocalControllers {
             services: AHashMap::new(),
             frontends: Frontends::new(config),
             selection: Selection::default(),
-            given_slices: AHashMap::new(),
+            given_slices: AHashSet::new(),
             given_counts: AHashMap::new(),
             zones: AHashMap::new(),
             starved: BTreeSet::new(),
@@ -130,17 +130,16 @@ impl LocalControllers {
                 return;
             }
             Object::EndpointSlice(slice) => {
-                let name = object.key().name;
-                self.drop_slice(&name, work);
-                if let Some(service) = service_of(slice) {
+                if let Some(service) = service_of(slice)
+                    && self.given_slices.insert(object.key())
+                {
                     *self.given_counts.entry(service.clone()).or_default() += 1;
-                    work.endpoints.insert(service.clone());
-                    self.given_slices.insert(name, service);
+                    work.endpoints.insert(service);
                 }
             }
             Object::Pod(pod) => self.set_pod(&object.key().name, Some((Arc::clone(pod), origin.clone())), work),
             Object::Node(node) => self.set_zone(&object.key().name.name, Some(node), work),
-            Object::ServiceCidr(_) | Object::Deployment(_) | Object::StatefulSet(_) => {}
+            Object::ServiceCidr(_) | Object::Namespace(_) | Object::Deployment(_) | Object::StatefulSet(_) => {}
         }
         work.out.push(Change::Apply(object, origin));
     }
@@ -156,16 +155,17 @@ impl LocalControllers {
                 }
                 work.services.insert(name.clone());
             }
-            Kind::EndpointSlice => self.drop_slice(name, work),
+            Kind::EndpointSlice => self.drop_slice(&key, work),
             Kind::Pod => self.set_pod(name, None, work),
             Kind::Node => self.set_zone(&name.name, None, work),
-            Kind::ServiceCIDR | Kind::Deployment | Kind::StatefulSet => {}
+            Kind::ServiceCIDR | Kind::Namespace | Kind::Deployment | Kind::StatefulSet => {}
         }
         work.out.push(Change::Delete(key));
     }
 
-    fn drop_slice(&mut self, slice: &ServiceName, work: &mut Work) {
-        let Some(service) = self.given_slices.remove(slice) else { return };
+    fn drop_slice(&mut self, slice: &Key, work: &mut Work) {
+        let Some(service) = slice.service.as_deref().filter(|_| self.given_slices.remove(slice)) else { return };
+        let service = ServiceName::new(&slice.name.namespace, service);
         if let Some(count) = self.given_counts.get_mut(&service) {
             *count -= 1;
             if *count == 0 {
@@ -263,7 +263,7 @@ impl LocalControllers {
             let given = &self.given_slices;
             let gone = previous.keys().filter(|slice| !service.slices.contains_key(*slice));
             // One of the source that has the same name has already replaced it.
-            let gone = gone.map(|slice| slice_key(name, slice)).filter(|key| !given.contains_key(&key.name));
+            let gone = gone.map(|slice| slice_key(name, slice)).filter(|key| !given.contains(key));
             work.out.extend(gone.map(Change::Delete));
         }
     }
@@ -272,7 +272,8 @@ impl LocalControllers {
 const ENDPOINTS: &str = "endpoints";
 
 fn slice_key(service: &ServiceName, slice: &str) -> Key {
-    Key { kind: Kind::EndpointSlice, name: ServiceName::new(&service.namespace, slice) }
+    let name = ServiceName::new(&service.namespace, slice);
+    Key { kind: Kind::EndpointSlice, name, service: Some(Arc::clone(&service.name)) }
 }
 
 /// A Pod as people write it by hand for a test: without conditions a controller takes it for not ready.

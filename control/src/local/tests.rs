@@ -43,7 +43,8 @@ impl Cluster {
     }
 
     fn delete(&mut self, kind: Kind, name: &str) -> Vec<String> {
-        self.take(vec![Change::Delete(Key { kind, name: ServiceName::new("default", name) })])
+        let service = (kind == Kind::EndpointSlice).then(|| "web".into());
+        self.take(vec![Change::Delete(Key { kind, name: ServiceName::new("default", name), service })])
     }
 
     fn take(&mut self, changes: Vec<Change>) -> Vec<String> {

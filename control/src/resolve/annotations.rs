@@ -1,16 +1,22 @@
 //! The annotations of ours that a Service may have.
 
+use std::time::Duration;
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use sluice_dataplane::net::Protocol;
 use sluice_dataplane::table::{Balancing, DrainTimeout};
 
 use super::problems::Problems;
-use crate::config::parse_drain_timeout;
+use crate::config::{parse_drain_timeout, parse_duration};
 
+/// Clients give up by then.
+const LONGEST_HOLD: Duration = Duration::from_secs(300);
 /// `on` or `off`: new connections that their endpoint does not take.
 const RETRY: &str = "sluice.dev/retry";
 /// A duration, or `never`.
 const DRAIN_TIMEOUT: &str = "sluice.dev/drain-timeout";
+/// A duration: new connections wait so long for a first endpoint.
+const HOLD: &str = "sluice.dev/hold";
 /// Names the algorithm of endpoint selection.
 const LOAD_BALANCER: &str = "sluice.dev/load-balancer";
 
@@ -56,6 +62,17 @@ pub(super) fn drain_timeout(metadata: &ObjectMeta, default: DrainTimeout, proble
         problems.error(format!("metadata.annotations[{DRAIN_TIMEOUT}]"), reason);
         default
     })
+}
+
+/// How long the Service's new connections wait for a first endpoint where there is none.
+pub(super) fn hold(metadata: &ObjectMeta, problems: &mut Problems<'_>) -> Option<Duration> {
+    let hold = match parse_duration(value(metadata, HOLD)?) {
+        Ok(hold) if hold <= LONGEST_HOLD => return Some(hold).filter(|hold| !hold.is_zero()),
+        Ok(_) => "use at most 5m: clients give up by then".to_owned(),
+        Err(reason) => reason,
+    };
+    problems.error(format!("metadata.annotations[{HOLD}]"), hold);
+    None
 }
 
 fn value<'m>(metadata: &'m ObjectMeta, name: &str) -> Option<&'m str> {
@@ -124,6 +141,23 @@ mod tests {
             (RoundRobin, Protocol::Udp, RoundRobin),
         ] {
             assert_eq!(super::default_balancing(default, protocol), balancing, "{default:?} {protocol}");
+        }
+    }
+
+    #[test]
+    fn connections_wait_as_long_as_the_service_says() {
+        for (value, hold, problems) in [
+            ("10s", Some(Duration::from_secs(10)), 0),
+            ("0s", None, 0),
+            ("5m", Some(Duration::from_secs(300)), 0),
+            ("6m", None, 1),
+            ("long", None, 1),
+        ] {
+            let mut web = service(json!({}));
+            web["metadata"]["annotations"] = json!({"sluice.dev/hold": value});
+            let resolved = resolved_by(&web, &[], &rules());
+            assert_eq!(resolved.spec.as_ref().unwrap().ports[0].hold, hold, "{value}");
+            assert_eq!(fields(&resolved).len(), problems, "{value}");
         }
     }
 }

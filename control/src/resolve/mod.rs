@@ -8,6 +8,7 @@ mod draining;
 mod endpoints;
 mod frontends;
 mod load_balancer;
+pub mod names;
 mod node_port;
 mod problems;
 #[cfg(test)]
@@ -92,6 +93,7 @@ pub fn resolve<'s>(
     let balancing = annotations::balancing(&service.metadata, &mut problems);
     let retry = annotations::retry(&service.metadata, rules.retry, &mut problems);
     let drain_timeout = annotations::drain_timeout(&service.metadata, rules.drain_timeout, &mut problems);
+    let hold = annotations::hold(&service.metadata, &mut problems);
     let slices = endpoints::in_force(slices);
     endpoints::report_types(&slices, &mut problems);
     let mut ports = Vec::with_capacity(service_ports.len() * cluster_ips.len());
@@ -136,6 +138,7 @@ pub fn resolve<'s>(
                 endpoints: endpoints.iter().map(endpoints::Merged::spec).collect(),
                 retry,
                 drain_timeout,
+                hold,
             });
         }
     }

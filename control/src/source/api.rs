@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::{Node, Service};
+use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
+use sluice_dataplane::dns::PodNames;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -40,6 +41,8 @@ pub struct Options {
     pub node_name: String,
     /// Watch the Services with this `service.kubernetes.io/service-proxy-name`; empty: those without the label.
     pub service_proxy_name: String,
+    /// Names are answered: they need every Service, the headless ones too, and Namespaces; by address, Pods as well.
+    pub names: Option<PodNames>,
     /// How long to wait for the own Node once everything else is there.
     pub node_patience: Duration,
     /// After so long without a word of a watch, another connection goes on where it was.
@@ -55,8 +58,23 @@ pub async fn watch(options: Options, updates: mpsc::Sender<Update>) {
     followers.spawn(follow::<Service>(access.clone(), services, sender.clone(), Arc::clone(&reached)));
     followers.spawn(follow::<EndpointSlice>(access.clone(), slices, sender.clone(), Arc::clone(&reached)));
     followers.spawn(follow::<Node>(access.clone(), node, sender.clone(), Arc::clone(&reached)));
-    followers.spawn(follow::<ServiceCIDR>(access.clone(), cidrs, sender, reached));
+    followers.spawn(follow::<ServiceCIDR>(access.clone(), cidrs, sender.clone(), Arc::clone(&reached)));
     let mut assembly = Assembly::default();
+    let query = |kind, resource| Query { kind, resource, labels: None, fields: None, silence: options.silence };
+    if options.names.is_some() {
+        assembly.await_too(Kind::Namespace);
+        followers.spawn(follow::<Namespace>(
+            access.clone(),
+            query(Kind::Namespace, "namespaces"),
+            sender.clone(),
+            Arc::clone(&reached),
+        ));
+    }
+    if options.names == Some(PodNames::Verified) {
+        assembly.await_too(Kind::Pod);
+        followers.spawn(follow::<Pod>(access.clone(), query(Kind::Pod, "pods"), sender.clone(), Arc::clone(&reached)));
+    }
+    drop(sender);
     let mut deadline = None;
     loop {
         let patience = async {
@@ -103,18 +121,20 @@ fn take_all(assembly: &mut Assembly, first: Event, events: &mut mpsc::Receiver<E
     }
 }
 
-/// What kube-proxy watches.
+/// What kube-proxy watches, or all of it where names are answered.
 fn queries(options: &Options) -> [Query; 4] {
     let not_headless = format!("!{HEADLESS_LABEL}");
     let ours = match &*options.service_proxy_name {
         "" => format!("!{PROXY_NAME_LABEL}"),
         name => format!("{PROXY_NAME_LABEL}={name}"),
     };
+    let services = Some(format!("{not_headless},{ours}")).filter(|_| options.names.is_none());
+    let slices = Some(not_headless).filter(|_| options.names.is_none());
     let silence = options.silence;
     let query = |kind, resource, labels, fields| Query { kind, resource, labels, fields, silence };
     [
-        query(Kind::Service, "services", Some(format!("{not_headless},{ours}")), None),
-        query(Kind::EndpointSlice, "endpointslices.discovery.k8s.io", Some(not_headless), None),
+        query(Kind::Service, "services", services, None),
+        query(Kind::EndpointSlice, "endpointslices.discovery.k8s.io", slices, None),
         query(Kind::Node, "nodes", None, Some(format!("metadata.name={}", options.node_name))),
         query(Kind::ServiceCIDR, "servicecidrs.networking.k8s.io", None, None),
     ]

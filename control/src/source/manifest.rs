@@ -191,6 +191,7 @@ impl Manifest {
             ("v1", "Service") => typed(value, Object::Service),
             ("v1", "Pod") => typed(value, Object::Pod),
             ("v1", "Node") => typed(value, Object::Node),
+            ("v1", "Namespace") => typed(value, Object::Namespace),
             ("discovery.k8s.io/v1", "EndpointSlice") => typed(value, Object::EndpointSlice),
             ("networking.k8s.io/v1", "ServiceCIDR") => typed(value, Object::ServiceCidr),
             ("apps/v1", "Deployment") => typed(value, Object::Deployment),
@@ -238,7 +239,7 @@ fn described(kind: &str, fields: &serde_json::Map<String, Value>) -> String {
     let text = |field: &str| fields.get("metadata").and_then(|metadata| metadata.get(field)).and_then(Value::as_str);
     match (text("namespace"), text("name")) {
         (_, None) => kind.to_owned(),
-        (None, Some(name)) if matches!(kind, "Node" | "ServiceCIDR") => format!("{kind} {name}"),
+        (None, Some(name)) if matches!(kind, "Node" | "Namespace" | "ServiceCIDR") => format!("{kind} {name}"),
         (namespace, Some(name)) => format!("{kind} {}/{name}", namespace.unwrap_or("default")),
     }
 }
@@ -295,7 +296,8 @@ namespaced! {
     namespace: k8s_openapi::api::core::v1::Service, k8s_openapi::api::core::v1::Pod,
         k8s_openapi::api::discovery::v1::EndpointSlice, k8s_openapi::api::apps::v1::Deployment,
         k8s_openapi::api::apps::v1::StatefulSet;
-    cluster: k8s_openapi::api::core::v1::Node, k8s_openapi::api::networking::v1::ServiceCIDR;
+    cluster: k8s_openapi::api::core::v1::Node, k8s_openapi::api::core::v1::Namespace,
+        k8s_openapi::api::networking::v1::ServiceCIDR;
 }
 
 #[cfg(test)]

@@ -3,8 +3,13 @@
 
 use std::sync::Arc;
 
+use crate::decide::{NewFlow, Verdict};
+use crate::packet::rewrite::TCP_CHECKSUM;
+use crate::packet::view::Packet;
 use crate::packet::{reply, vnet};
+use crate::packet_path::held::Waiting;
 use crate::packet_path::shared::Shared;
+use crate::packet_path::worker::{Action, Worker};
 
 /// A flow is looked at by the sweep once in this many sweeps.
 const SWEEP_ROUNDS: usize = 4;
@@ -22,13 +27,17 @@ pub struct Keeper {
     /// The record at which ending flows goes on.
     ending: Option<usize>,
     swept_ms: u64,
+    /// Opens flows for clients that waited.
+    worker: Worker,
     frame: [u8; vnet::LEN + reply::LIMIT],
 }
 
 impl Keeper {
     /// Looks after what `shared` holds.
     pub fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, ending: None, swept_ms: 0, frame: [0; vnet::LEN + reply::LIMIT] }
+        let thread = shared.settings.workers;
+        let worker = Worker { holds: false, ..Worker::new(Arc::clone(&shared), thread) };
+        Self { shared, ending: None, swept_ms: 0, worker, frame: [0; vnet::LEN + reply::LIMIT] }
     }
 
     /// One round. `send` takes frames: an offload header, then an IP packet. Returns whether there is more to do at once.
@@ -46,11 +55,39 @@ impl Keeper {
             });
             self.ending = progress.next;
         }
+        if !self.shared.held.is_empty() {
+            self.release(now_ms, send);
+        }
         if now_ms.saturating_sub(self.swept_ms) >= SWEEP_INTERVAL_MS {
             self.swept_ms = now_ms;
             self.sweep(now_ms);
         }
         self.ending.is_some()
+    }
+
+    /// Lets clients go on that waited for a first endpoint: to one, or to be refused.
+    fn release(&mut self, now_ms: u64, send: &mut dyn FnMut(&[u8])) {
+        let table = self.shared.table();
+        let due = self.shared.held.take_due(now_ms, |key| {
+            let flow = NewFlow { client: key.source.ip(), destination: key.destination(), protocol: key.protocol };
+            matches!(table.decide(&flow).verdict, Verdict::Forward { .. })
+        });
+        for Waiting { syn, partial, .. } in due {
+            let mut frame = vec![0; vnet::LEN + syn.len()];
+            let (header, bytes) = frame.split_at_mut(vnet::LEN);
+            bytes.copy_from_slice(&syn);
+            // It was parsed when it came.
+            let Ok(packet) = Packet::parse(bytes) else { continue };
+            match partial {
+                true => vnet::partial(header, packet.transport_at, TCP_CHECKSUM),
+                false => vnet::plain(header),
+            }
+            match self.worker.handle(&mut frame, now_ms) {
+                Action::Send => send(&frame),
+                Action::Answer(length) => send(self.worker.answer(length)),
+                Action::Discard => {}
+            }
+        }
     }
 
     fn sweep(&self, now_ms: u64) {

@@ -2,6 +2,7 @@
 
 mod drops;
 mod fragments;
+mod held;
 mod keeper;
 mod namespace;
 mod opening;
@@ -13,6 +14,7 @@ mod tun;
 mod worker;
 
 pub use drops::Drops;
+pub use held::HeldTotals;
 pub use keeper::Keeper;
 pub use namespace::namespace_cookie;
 pub use shared::{Settings, Shared};

@@ -13,9 +13,10 @@ use crate::flow::{
 use crate::memory::Region;
 use crate::packet_path::drops::{Drop, Drops};
 use crate::packet_path::fragments::Fragments;
+use crate::packet_path::held::{Held, HeldTotals};
 use crate::packet_path::opens::Opens;
 use crate::select::{Affinity, Selection};
-use crate::table::{Directory, EndpointSlot, RoutingTable, Slots};
+use crate::table::{Directory, EndpointSlot, PortSlot, RoutingTable, Slots};
 
 /// Settings of a packet path, fixed for its life.
 #[derive(Clone, Debug)]
@@ -59,6 +60,7 @@ pub struct Shared {
     pub(super) affinity: Affinity,
     pub(super) opens: Opens,
     pub(super) fragments: Fragments,
+    pub(super) held: Held,
     pub(super) drops: Box<[Drops]>,
     pub(super) settings: Settings,
     header: Arc<Region<Header>>,
@@ -89,7 +91,8 @@ impl Shared {
         };
         let addresses = store.masquerade(&masquerade.addresses);
         let directory = Directory::new(store.endpoints, store.uids, store.ports, header());
-        let slots = Arc::new(Slots::over(settings.workers, directory));
+        // The keeper counts too.
+        let slots = Arc::new(Slots::over(settings.workers + 1, directory));
         let affinity = Affinity::over(store.affinities, header());
         let flows = FlowTable::new(store.records, header(), addresses, Arc::clone(&slots), masquerade);
         let (flows, (found, dropped)) = flows;
@@ -98,8 +101,9 @@ impl Shared {
             affinity,
             opens: Opens::new(settings.flow_capacity),
             fragments: Fragments::new(),
+            held: Held::default(),
             table: Arc::new(ArcSwap::from_pointee(RoutingTable::default())),
-            drops: (0..settings.workers).map(|_| Drops::default()).collect(),
+            drops: (0..=settings.workers).map(|_| Drops::default()).collect(),
             slots,
             settings,
             header: store.header,
@@ -163,6 +167,11 @@ impl Shared {
     pub(super) fn selection<'s>(&'s self, now_ms: u64, avoid: &'s [EndpointSlot]) -> Selection<'s> {
         let slow_start_ms = self.settings.slow_start.as_millis() as u64;
         Selection { slots: &self.slots, now_ms, slow_start_ms, avoid }
+    }
+
+    /// What clients that wait for an endpoint of this Service port came to; nothing when none ever did.
+    pub fn held(&self, port: PortSlot) -> Option<HeldTotals> {
+        self.held.totals(port)
     }
 
     /// Flows ended so far because their endpoints were gone.

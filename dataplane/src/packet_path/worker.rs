@@ -13,6 +13,7 @@ use crate::packet::view::{Packet, Tcp, Transport};
 use crate::packet::{icmp, reply, rewrite, vnet};
 use crate::packet_path::drops::Drop;
 use crate::packet_path::fragments::Fate;
+use crate::packet_path::held::Meets;
 use crate::packet_path::opening::Opening;
 use crate::packet_path::shared::Shared;
 use crate::select::select;
@@ -36,6 +37,8 @@ pub struct Worker {
     pub(super) thread: usize,
     pub(super) rng: fastrand::Rng,
     pub(super) answer: Box<[u8; vnet::LEN + reply::LIMIT]>,
+    /// Clients may wait for a first endpoint; when not, they have waited.
+    pub(super) holds: bool,
 }
 
 impl Worker {
@@ -48,6 +51,7 @@ impl Worker {
             thread,
             rng: fastrand::Rng::with_seed(seed),
             answer: Box::new([0; vnet::LEN + reply::LIMIT]),
+            holds: true,
         }
     }
 
@@ -212,6 +216,17 @@ impl Worker {
                 port.inspect(|port| count(&port.dropped, 1));
                 Err(Drop::Rule)
             }
+            (Verdict::Reject, Some(frontend)) if self.holds && tcp.is_some() && frontend.port.hold.is_some() => {
+                let (slot, hold) = (frontend.port.slot, frontend.port.hold.unwrap_or_default());
+                let syn = (&bytes[..packet.length], partial);
+                match self.shared.held.wait(key, slot, syn, hold, now_ms) {
+                    Meets::Waits => Ok(Opened::Not(Action::Discard)),
+                    Meets::NoRoom => {
+                        port.inspect(|port| count(&port.rejected, 1));
+                        refuse(bytes, packet, &mut self.answer[..]).map(Opened::Not)
+                    }
+                }
+            }
             (Verdict::Reject, _) | (Verdict::Forward { .. }, None) => {
                 port.inspect(|port| count(&port.rejected, 1));
                 refuse(bytes, packet, &mut self.answer[..]).map(Opened::Not)
@@ -242,6 +257,9 @@ impl Worker {
                 let may_move = frontend.port.retry && endpoints.len() > 1;
                 if tcp.is_some() && (may_move || hit.fields().source != Source::Preserved) {
                     shared.opens.keep(key, hit.fields().endpoint_slot, &bytes[..packet.length], partial);
+                }
+                if tcp.is_some() {
+                    shared.held.released(key);
                 }
                 let endpoint = shared.slots.endpoint(self.thread, hit.fields().endpoint_slot);
                 count(&endpoint.opened, 1);

@@ -254,6 +254,7 @@ impl TableBuilder {
             affinity: port.affinity,
             balancing: port.balancing,
             retry: port.retry,
+            hold: port.hold,
             cluster: pick(&endpoints, &port.cluster),
             local: pick(&endpoints, &port.local),
             has_any_endpoint: port.has_any_endpoint,

@@ -137,6 +137,8 @@ pub struct ServicePort {
     pub balancing: Balancing,
     /// A new connection that its endpoint does not take is tried at another.
     pub retry: bool,
+    /// How long a new connection waits for a first endpoint.
+    pub hold: Option<Duration>,
     /// Endpoints under policy Cluster.
     pub cluster: Endpoints,
     /// Endpoints under policy Local.

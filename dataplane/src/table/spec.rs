@@ -164,6 +164,8 @@ pub struct PortSpec {
     pub retry: bool,
     /// How long an endpoint that leaves the slices, without having been terminating, keeps its flows.
     pub drain_timeout: DrainTimeout,
+    /// How long a new connection waits for a first endpoint where there is none; none: it is refused at once.
+    pub hold: Option<Duration>,
 }
 
 /// What the table must know of the node.

@@ -31,6 +31,7 @@ fn spec(name: &str, created: i64, cluster_ip: &str, endpoints: &[&str]) -> Servi
         endpoints: addresses.into_iter().map(EndpointSpec::ready).collect(),
         retry: true,
         drain_timeout: Default::default(),
+        hold: None,
     };
     ServiceSpec { name: ServiceName::new("ns", name), created: Some(created), ports: vec![port] }
 }

@@ -118,6 +118,7 @@ impl Lab {
             endpoints: endpoints.to_vec(),
             retry: true,
             drain_timeout: Default::default(),
+            hold: None,
         };
         self.builder.set(ServiceSpec { name: ServiceName::new("ns", vip), created: None, ports: vec![port] });
         self.shared.publish(self.builder.build());

@@ -5,6 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use ahash::AHashMap;
 
 use super::failure::Failure;
+use sluice_dataplane::table::ServiceName;
+
 use crate::object::{Key, Kind, Object};
 use crate::problem::{Origin, Problem};
 use crate::source::{Change, Update};
@@ -46,9 +48,12 @@ pub(super) enum Awaits {
 /// Pure: no clock, no I/O.
 #[derive(Debug, Default)]
 pub(super) struct Assembly {
-    held: BTreeMap<Kind, AHashMap<Key, Object>>,
+    /// By name, which is unique to the server whatever labels say.
+    held: BTreeMap<Kind, AHashMap<ServiceName, Object>>,
     /// Kinds that the server has answered about.
     answered: BTreeSet<Kind>,
+    /// Kinds that the first update waits for, besides those it always does.
+    more_awaited: BTreeSet<Kind>,
     goes_without_node: bool,
     is_synced: bool,
     changes: Vec<Change>,
@@ -63,24 +68,26 @@ impl Assembly {
         let kind = event.kind;
         match event.what {
             What::Listed(objects) => {
-                let listed: AHashMap<Key, Object> = objects.into_iter().map(|object| (object.key(), object)).collect();
+                let listed = objects.into_iter().map(|object| (object.key().name, object));
+                let listed: AHashMap<ServiceName, Object> = listed.collect();
                 let held = self.held.entry(kind).or_default();
                 // What vanished first: its addresses may be somebody else's by now.
-                let gone: Vec<Key> = held.keys().filter(|key| !listed.contains_key(*key)).cloned().collect();
-                gone.into_iter().for_each(|key| self.delete(kind, key));
+                let gone: Vec<ServiceName> = held.keys().filter(|name| !listed.contains_key(*name)).cloned().collect();
+                gone.iter().for_each(|name| self.delete(kind, name));
                 listed.into_values().for_each(|object| self.apply(kind, object));
                 self.answered.insert(kind);
             }
             What::Applied(object) => self.apply(kind, object),
-            What::Deleted(key) => self.delete(kind, key),
+            What::Deleted(key) => self.delete(kind, &key.name),
             What::Unknown => {
                 self.answered.insert(kind);
                 self.problems.remove(&kind);
             }
             What::Following => drop(self.problems.remove(&kind)),
             What::Failed(failure, resource) => {
-                // Services can be served without these two, and old roles do not allow them.
-                if failure.code == Some(403) && matches!(kind, Kind::Node | Kind::ServiceCIDR) {
+                // Services can be served without these, and old roles do not allow them.
+                let is_spared = matches!(kind, Kind::Node | Kind::ServiceCIDR | Kind::Namespace | Kind::Pod);
+                if failure.code == Some(403) && is_spared {
                     self.answered.insert(kind);
                     // Who may not see the Node waits for it in vain.
                     self.goes_without_node |= kind == Kind::Node;
@@ -95,13 +102,18 @@ impl Assembly {
     pub(super) fn awaits(&self) -> Awaits {
         if self.is_synced {
             Awaits::Nothing
-        } else if !AWAITED.iter().all(|kind| self.answered.contains(kind)) {
+        } else if !AWAITED.iter().chain(&self.more_awaited).all(|kind| self.answered.contains(kind)) {
             Awaits::Lists
         } else if self.goes_without_node || self.has_node() {
             Awaits::Nothing
         } else {
             Awaits::Node
         }
+    }
+
+    /// The first update waits for this kind too.
+    pub(super) fn await_too(&mut self, kind: Kind) {
+        self.more_awaited.insert(kind);
     }
 
     /// The Node has not come in time.
@@ -142,16 +154,20 @@ impl Assembly {
     fn apply(&mut self, kind: Kind, object: Object) {
         let held = self.held.entry(kind).or_default();
         let key = object.key();
-        if held.get(&key) == Some(&object) {
+        if held.get(&key.name) == Some(&object) {
             return;
         }
-        held.insert(key, object.clone());
+        // A slice may become another Service's.
+        let old = held.insert(key.name.clone(), object.clone()).map(|old| old.key());
+        if let Some(old) = old.filter(|old| *old != key) {
+            self.change(Change::Delete(old));
+        }
         self.change(Change::Apply(object, Origin::Api));
     }
 
-    fn delete(&mut self, kind: Kind, key: Key) {
-        if self.held.entry(kind).or_default().remove(&key).is_some() {
-            self.change(Change::Delete(key));
+    fn delete(&mut self, kind: Kind, name: &ServiceName) {
+        if let Some(object) = self.held.entry(kind).or_default().remove(name) {
+            self.change(Change::Delete(object.key()));
         }
     }
 

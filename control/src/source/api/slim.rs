@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::{Node, NodeStatus, Service, ServiceStatus};
+use k8s_openapi::api::core::v1::{Namespace, Node, NodeStatus, Pod, PodStatus, Service, ServiceStatus};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -59,6 +59,26 @@ impl Watched for ServiceCIDR {
         slim(&mut self.metadata);
         self.status = None;
         Object::ServiceCidr(Arc::new(self))
+    }
+}
+
+impl Watched for Namespace {
+    fn slim(mut self) -> Object {
+        slim(&mut self.metadata);
+        (self.spec, self.status) = (None, None);
+        Object::Namespace(Arc::new(self))
+    }
+}
+
+impl Watched for Pod {
+    fn slim(mut self) -> Object {
+        slim(&mut self.metadata);
+        self.metadata.labels = None;
+        self.spec = None;
+        let status = self.status.take().unwrap_or_default();
+        let (phase, pod_ip, pod_ips) = (status.phase, status.pod_ip, status.pod_ips);
+        self.status = Some(PodStatus { phase, pod_ip, pod_ips, ..PodStatus::default() });
+        Object::Pod(Arc::new(self))
     }
 }
 

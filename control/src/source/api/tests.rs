@@ -70,6 +70,7 @@ impl StandIn {
             access: Access::Kubeconfig(kubeconfig.path().to_owned()),
             node_name: "me".to_owned(),
             service_proxy_name: String::new(),
+            names: None,
             node_patience: Duration::ZERO,
             silence,
         };

@@ -31,6 +31,7 @@ pub(super) struct Path {
     pub(super) keeper: Keeper,
     pub(super) affinity: Option<Duration>,
     pub(super) retry: bool,
+    pub(super) hold: Option<Duration>,
     pub(super) now_ms: u64,
 }
 
@@ -50,7 +51,7 @@ impl Path {
             ..NodeSpec::default()
         });
         let (worker, keeper) = (Worker::new(Arc::clone(&shared), 0), Keeper::new(Arc::clone(&shared)));
-        Self { worker, keeper, shared, builder, affinity: None, retry: true, now_ms: 1_000_000 }
+        Self { worker, keeper, shared, builder, affinity: None, retry: true, hold: None, now_ms: 1_000_000 }
     }
 
     /// Publishes one Service `FRONTEND` with node port 30080 on these endpoints.
@@ -85,6 +86,7 @@ impl Path {
             endpoints,
             retry: self.retry,
             drain_timeout: DrainTimeout::After(Duration::from_secs(60)),
+            hold: self.hold,
         };
         self.builder.set(ServiceSpec { name: ServiceName::new("a", "b"), created: None, ports: vec![port] });
         self.shared.publish(self.builder.build());

@@ -3,6 +3,7 @@
 mod drain;
 mod fragments;
 mod harness;
+mod hold;
 mod random;
 mod restart;
 mod retry;
