@@ -1,8 +1,9 @@
 //! Names from a real daemon, asked by real clients: upstreams, search paths, sizes, updates, virtual and held Services.
 #![allow(clippy::unwrap_used)]
 
-use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use sluice_bench::client::{self, Target};
 use sluice_bench::netns::NetNs;
 use sluice_tests::can_run_in_namespaces;
 use sluice_tests::cluster::{Cluster, SOON};
-use sluice_tests::dns::{By, as_json, ask};
+use sluice_tests::dns::{By, as_json, ask, question};
 use sluice_tests::name_server::{NameServer, Names};
 
 const LISTEN: &str = "169.254.20.10:53";
@@ -404,6 +405,72 @@ fn the_address_of_kube_dns_is_answered_here() {
         }
     }
     assert!(cluster.log().contains("nameserver 169.254.20.10") || cluster.log().contains("systemd-resolved"));
+}
+
+#[test]
+fn both_families_are_answered_and_several_questions_of_one_connection() {
+    if !can_run_in_namespaces("names over IPv6") {
+        return;
+    }
+    let mut cluster = Cluster::new().unwrap();
+    let listen = format!("['{LISTEN}', '[fd00:169:254::10]:53']");
+    cluster.configure(&format!("{CONFIG}dns: {{listen: {listen}, upstreams: []}}\n")).unwrap();
+    cluster.add_pod(1).unwrap();
+    cluster.write("db.json", &[headless("db", json!({})), slice("db", &named(1..=3))]).unwrap();
+    cluster.start().unwrap();
+    let pod = cluster.pods[0].pod.ns.clone();
+    let server: SocketAddr = "[fd00:169:254::10]:53".parse().unwrap();
+    for by in [By::Datagram, By::Connection] {
+        let answer = pod.run(|| ask(server, by, "db.default.svc.cluster.local.", "A", Some(1232), SOON)).unwrap();
+        assert_eq!(answer.answers.len(), 3, "{by:?}");
+    }
+    // All questions at once, then all answers.
+    let answers = pod
+        .run(|| {
+            let mut stream = TcpStream::connect_timeout(&server, SOON)?;
+            stream.set_read_timeout(Some(SOON))?;
+            for id in 0..20 {
+                let question = question(id, "db-1.db.default.svc.cluster.local.", "A", None)?;
+                stream.write_all(&[&(question.len() as u16).to_be_bytes()[..], &question].concat())?;
+            }
+            let mut ids = BTreeSet::new();
+            for _ in 0..20 {
+                let mut length = [0; 2];
+                stream.read_exact(&mut length)?;
+                let mut answer = vec![0; usize::from(u16::from_be_bytes(length))];
+                stream.read_exact(&mut answer)?;
+                ids.insert([answer[0], answer[1]]);
+            }
+            Ok(ids.len())
+        })
+        .unwrap();
+    assert_eq!(answers, 20);
+    // One client may have so many connections, and no more: the others are closed, and nobody else notices.
+    let open = pod
+        .run(|| {
+            let streams: Vec<TcpStream> =
+                (0..80).map(|_| TcpStream::connect_timeout(&server, SOON)).collect::<Result<_, _>>()?;
+            std::thread::sleep(Duration::from_millis(500));
+            let is_open = |stream: &&TcpStream| {
+                let _ = stream.set_nonblocking(true);
+                let mut byte = [0];
+                matches!((&mut &**stream).read(&mut byte), Err(error) if error.kind() == ErrorKind::WouldBlock)
+            };
+            let open = streams.iter().filter(is_open).count();
+            assert_eq!(
+                cluster
+                    .topology
+                    .node
+                    .run(|| ask(server, By::Connection, "cluster.local.", "SOA", None, SOON))?
+                    .answers
+                    .len(),
+                1
+            );
+            Ok(open)
+        })
+        .unwrap();
+    assert!((32..=64).contains(&open), "{open} of 80 are open");
+    assert_eq!(cluster.stop(Signal::SIGTERM).unwrap(), Some(0), "{}", cluster.log());
 }
 
 #[test]
