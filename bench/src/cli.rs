@@ -8,6 +8,10 @@ use clap::{Args, Parser, Subcommand};
 use sluice_bench::workload::{Plan, Workload, cores};
 
 use crate::compare::{CompareArgs, HopArgs};
+use crate::scenario::churn::ChurnArgs;
+use crate::scenario::drain::DrainArgs;
+use crate::scenario::idle::IdleArgs;
+use crate::scenario::scale::ScaleArgs;
 
 /// Load for data planes: connections, requests and bulk data against a target, and comparisons of peers.
 #[derive(Debug, Parser)]
@@ -25,6 +29,14 @@ pub(crate) enum Command {
     Rr(LoadArgs),
     /// Gbit/s of bulk data, every byte checked.
     Bulk(BulkArgs),
+    /// Memory and processor time of many idle connections.
+    Idle(IdleArgs),
+    /// Load while the routing table changes many times a second: errors and latency (needs root).
+    Churn(ChurnArgs),
+    /// A rolling update under load: failed opens, resets, connections that moved (needs root).
+    Drain(DrainArgs),
+    /// How soon packets follow a change, and what a first packet costs, at many Services (needs root).
+    Scale(ScaleArgs),
     /// The server that these loads need behind their target.
     Serve(ServeArgs),
     /// Sluice, HAProxy, nginx and nftables rules side by side, as ratios to dialling the Pods directly (needs root).
@@ -122,7 +134,7 @@ impl CommonArgs {
     }
 }
 
-fn resolve(target: &str) -> Result<SocketAddr> {
+pub(crate) fn resolve(target: &str) -> Result<SocketAddr> {
     let mut found = target.to_socket_addrs().with_context(|| format!("--target {target}"))?;
     found.next().with_context(|| format!("--target {target}: no such host"))
 }

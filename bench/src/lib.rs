@@ -2,6 +2,7 @@
 //! name, and clients that count who answered. Used by `sluice-bench`, by `sluice demo` and by the whole-program tests.
 
 pub mod client;
+pub mod control_plane;
 pub mod link;
 pub mod load;
 pub mod netns;

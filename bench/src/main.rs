@@ -2,7 +2,12 @@
 
 mod cli;
 mod compare;
+mod daemon;
+mod lab;
+mod manifests;
+mod process;
 mod progress;
+mod scenario;
 
 use std::process::ExitCode;
 
@@ -20,7 +25,7 @@ fn main() -> ExitCode {
         Ok(false) => ExitCode::from(1),
         Err(error) => {
             eprintln!("sluice-bench: {error:#}");
-            ExitCode::from(if error.is::<compare::Lacking>() { 3 } else { 2 })
+            ExitCode::from(if error.is::<lab::Lacking>() { 3 } else { 2 })
         }
     }
 }
@@ -37,6 +42,10 @@ fn run(command: Command) -> Result<bool> {
             server.wait();
             Ok(true)
         }
+        Command::Idle(arguments) => scenario::idle::run(&arguments),
+        Command::Churn(arguments) => scenario::churn::run(&arguments),
+        Command::Drain(arguments) => scenario::drain::run(&arguments),
+        Command::Scale(arguments) => scenario::scale::run(&arguments),
         Command::Compare(arguments) => compare::run(&arguments),
         Command::Hop(arguments) => compare::hop(&arguments).map(|()| true),
     }

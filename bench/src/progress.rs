@@ -41,6 +41,14 @@ impl Line {
         }
     }
 
+    /// What is being done, on a terminal.
+    pub(crate) fn doing(&mut self, text: &str) {
+        if self.on {
+            eprint!("\r\x1b[K{text}");
+            drop(std::io::stderr().flush());
+        }
+    }
+
     /// Text in the place of the line, on a terminal; elsewhere a line of its own.
     pub(crate) fn say(&mut self, text: &str) {
         self.clear();

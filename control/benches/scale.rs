@@ -2,33 +2,38 @@
 //!
 //! `cargo bench -p sluice-control --bench scale`. `cargo test` runs it in small: only whether it works.
 
-use std::path::Path;
+mod objects;
+
 use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use hdrhistogram::Histogram;
-use k8s_openapi::api::core::v1::Service;
-use k8s_openapi::api::discovery::v1::EndpointSlice;
-use serde_json::{Value, json};
+use objects::{Cluster, apply, config, service, settings};
+use serde_json::json;
 use sluice_control::config::Config;
 use sluice_control::host::Plan;
 use sluice_control::object::Object;
-use sluice_control::problem::Origin;
 use sluice_control::publish::Publisher;
 use sluice_control::saved::Saved;
-use sluice_control::source::{Change, Update};
-use sluice_dataplane::packet_path::{Settings, Shared};
+use sluice_control::source::Update;
+use sluice_dataplane::packet_path::Shared;
 
 /// Tells a process which size to run, and whether with local controllers.
 const RUN: &str = "SLUICE_SCALE_RUN";
 
-/// So many Services with so many endpoints, each in the one slice of its Service.
+/// What is measured.
 struct Size {
     services: usize,
     endpoints: usize,
     changes: usize,
+}
+
+impl Size {
+    fn cluster(&self) -> Cluster {
+        Cluster { services: self.services, endpoints: self.endpoints }
+    }
 }
 
 fn main() -> Result<()> {
@@ -61,28 +66,14 @@ fn main() -> Result<()> {
 fn run(size: &Size, local_controllers: bool) -> Result<()> {
     let controllers = if local_controllers { "on" } else { "off" };
     println!("\n{} Services, {} endpoints, local controllers {controllers}", size.services, size.endpoints);
-    let config = Config {
-        node_name: Some("node-1".to_owned()),
-        local_controllers,
-        service_cidrs: Some(vec!["10.96.0.0/12".parse()?]),
-        cluster_cidrs: Some(vec!["10.128.0.0/9".parse()?]),
-        ..Config::default()
-    };
-    let settings = Settings {
-        workers: 2,
-        flow_capacity: 1,
-        masquerade_addresses: vec!["192.168.0.2".parse()?],
-        masquerade_ports: 61000..=65534,
-        seed: 1,
-        ..Settings::default()
-    };
-    let shared = Shared::new(settings);
+    let config = Config { local_controllers, ..config()? };
+    let shared = Shared::new(settings()?);
     let mut publisher = Publisher::new(config.clone(), vec!["192.168.0.2".parse()?], Arc::clone(&shared.slots));
-    let before = resident()?;
+    let (cluster, before) = (size.cluster(), resident()?);
     let mut changes = Vec::with_capacity(2 * size.services);
     for index in 0..size.services {
         changes.push(apply(Object::Service(Arc::new(service(index)?))));
-        changes.push(apply(Object::EndpointSlice(Arc::new(slice(size, index, 0)?))));
+        changes.push(apply(Object::EndpointSlice(Arc::new(cluster.slice(index, 0)?))));
     }
     let objects = resident()?;
     let begun = Instant::now();
@@ -105,7 +96,7 @@ fn run(size: &Size, local_controllers: bool) -> Result<()> {
     let masquerade = ["192.168.0.2".parse()?];
     let (mut applied, mut planned) = (histogram()?, histogram()?);
     for round in 1..=size.changes {
-        let change = apply(Object::EndpointSlice(Arc::new(slice(size, rng.usize(..size.services), round)?)));
+        let change = apply(Object::EndpointSlice(Arc::new(cluster.slice(rng.usize(..size.services), round)?)));
         let begun = Instant::now();
         let table = publisher.update(Update { changes: vec![change], ..Update::default() });
         let table = table.context("each change changes an endpoint")?;
@@ -142,63 +133,6 @@ fn run(size: &Size, local_controllers: bool) -> Result<()> {
     println!("idle counters released    {:>10.1?}", begun.elapsed());
     println!("resident at the end       {} MiB", resident()?.saturating_sub(before) >> 20);
     Ok(())
-}
-
-fn apply(object: Object) -> Change {
-    Change::Apply(object, Origin::File { path: Path::new("scale.yaml").into(), document: 1 })
-}
-
-/// One in ten has a node port, one in a hundred a load-balancer address, one in twenty two ports.
-fn service(index: usize) -> Result<Service> {
-    let mut ports = vec![json!({"name": "http", "protocol": "TCP", "port": 80})];
-    if index % 20 == 5 {
-        ports.push(json!({"name": "metrics", "protocol": "TCP", "port": 9090}));
-    }
-    let mut kind = "ClusterIP";
-    if index.is_multiple_of(10) && index / 10 < 2700 {
-        kind = "NodePort";
-        ports[0]["nodePort"] = json!(30000 + index / 10);
-    }
-    let status = if index.is_multiple_of(100) {
-        json!({"loadBalancer": {"ingress": [{"ip": address(198, 18, index / 100)}]}})
-    } else {
-        json!({})
-    };
-    let ip = address(10, 96, index + 1);
-    let object = json!({
-        "metadata": {"namespace": format!("team-{}", index % 100), "name": format!("service-{index}"),
-            "creationTimestamp": "2026-01-01T00:00:00Z", "labels": {"app": format!("app-{index}")}},
-        "spec": {"type": kind, "clusterIP": ip, "clusterIPs": [ip], "ipFamilies": ["IPv4"], "ports": ports,
-            "selector": {"app": format!("app-{index}")}},
-        "status": status,
-    });
-    Ok(serde_json::from_value(object)?)
-}
-
-/// The slice of a Service. Each round gives its first endpoint another address.
-fn slice(size: &Size, index: usize, round: usize) -> Result<EndpointSlice> {
-    let (first, end) = (index * size.endpoints / size.services, (index + 1) * size.endpoints / size.services);
-    let endpoint = |number: usize| -> Value {
-        let moved = if number == first { round * 7 % 500_000 + size.endpoints } else { number };
-        json!({"addresses": [address(10, 128, moved)], "nodeName": format!("node-{}", number % 1000), "zone": "a",
-            "conditions": {"ready": true, "serving": true, "terminating": false},
-            "targetRef": {"kind": "Pod", "namespace": format!("team-{}", index % 100), "name": format!("pod-{number}"), "uid": format!("uid-{number}")}})
-    };
-    let endpoints: Vec<Value> = (first..end).map(endpoint).collect();
-    let object = json!({
-        "metadata": {"namespace": format!("team-{}", index % 100), "name": format!("service-{index}-x7k2p"),
-            "creationTimestamp": "2026-01-01T00:00:00Z",
-            "labels": {"kubernetes.io/service-name": format!("service-{index}")}},
-        "addressType": "IPv4", "endpoints": endpoints,
-        "ports": [{"name": "http", "protocol": "TCP", "port": 8080}, {"name": "metrics", "protocol": "TCP", "port": 9090}],
-    });
-    Ok(serde_json::from_value(object)?)
-}
-
-/// The address so far behind the first of a range.
-fn address(a: u8, b: u8, number: usize) -> String {
-    let address = u32::from_be_bytes([a, b, 0, 0]) + number as u32;
-    std::net::Ipv4Addr::from(address).to_string()
 }
 
 fn histogram() -> Result<Histogram<u64>> {

@@ -1,228 +1,23 @@
-//! A real control plane, of programs that `scripts/kube/build` has built, in a namespace of its own.
+//! Whether a real control plane can be had.
 
-use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
 
-use anyhow::{Context as _, Result, bail, ensure};
-use serde_json::{Value, json};
-use sluice_bench::netns::NetNs;
-
-/// Most that a program of it may take to get ready; two cores are shared with other tests.
-const READY: Duration = Duration::from_secs(120);
-
-/// etcd, kube-apiserver and, where wanted, kube-controller-manager. Dropping it ends them.
-pub struct ControlPlane {
-    ns: NetNs,
-    address: String,
-    folder: tempfile::TempDir,
-    etcd: Child,
-    api_server: Option<Child>,
-    controllers: Option<Child>,
-}
+pub use sluice_bench::control_plane::{ControlPlane, folder};
+use sluice_bench::control_plane::{missing, script};
 
 /// Whether the programs are there; with `SLUICE_KUBE_BUILD=1` they are built. When not, says on stderr what is left untested.
+///
+/// # Panics
+/// When they are to be built and cannot be.
 #[must_use]
 pub fn can_run(what: &str) -> bool {
     if std::env::var("SLUICE_KUBE_BUILD").is_ok_and(|value| value == "1") {
         let built = Command::new(script("build")).stdout(Stdio::null()).status();
         assert!(built.as_ref().is_ok_and(std::process::ExitStatus::success), "scripts/kube/build: {built:?}");
     }
-    let tools = ["etcd", "curl", "openssl"].map(|tool| Command::new(tool).arg("--version").output().is_ok());
-    let is_built = |program: &str| folder().join(program).exists();
-    let is_there = is_built("kube-apiserver") && is_built("kube-controller-manager") && tools == [true; 3];
-    if !is_there {
-        eprintln!(
-            "not tested: {what}: needs Kubernetes' own programs: run scripts/kube/build, or set SLUICE_KUBE_BUILD=1"
-        );
+    let missing = missing(&["kube-apiserver", "kube-controller-manager"]);
+    if let Some(missing) = &missing {
+        eprintln!("not tested: {what}: {missing}, or set SLUICE_KUBE_BUILD=1");
     }
-    is_there
-}
-
-/// Where the programs are.
-#[must_use]
-pub fn folder() -> PathBuf {
-    let version = std::env::var("SLUICE_KUBE_VERSION").unwrap_or_else(|_| "1.37.2".to_owned());
-    let folder = std::env::var("SLUICE_KUBE").map_or_else(
-        |_| PathBuf::from(std::env::var("HOME").unwrap_or_default()).join(".cache/sluice-kube"),
-        PathBuf::from,
-    );
-    folder.join(version)
-}
-
-fn script(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/kube").join(name)
-}
-
-impl ControlPlane {
-    /// Starts it at this address of this namespace and waits until it is ready.
-    pub fn start(ns: NetNs, address: &str) -> Result<Self> {
-        let folder = tempfile::tempdir().context("a folder for the control plane")?;
-        let etcd = spawn(&ns, folder.path(), address, "etcd", &[])?;
-        let mut plane = Self { ns, address: address.to_owned(), folder, etcd, api_server: None, controllers: None };
-        plane.start_api_server()?;
-        Ok(plane)
-    }
-
-    /// Kills the API server, as a crash would.
-    pub fn kill_api_server(&mut self) -> Result<()> {
-        let mut api_server = self.api_server.take().context("no API server runs")?;
-        api_server.kill()?;
-        api_server.wait()?;
-        Ok(())
-    }
-
-    /// Starts the API server and waits until it is ready.
-    pub fn start_api_server(&mut self) -> Result<()> {
-        self.api_server = Some(spawn(&self.ns, self.folder.path(), &self.address, "kube-apiserver", &[])?);
-        let deadline = Instant::now() + READY;
-        while !self.request("GET", "/readyz", None).is_ok_and(|answer| answer.ends_with("ok")) {
-            if let Some(status) = self.api_server.as_mut().and_then(|child| child.try_wait().transpose()) {
-                bail!("the API server ended: {}\n{}", status?, self.log("kube-apiserver"));
-            }
-            ensure!(Instant::now() < deadline, "the API server does not get ready\n{}", self.log("kube-apiserver"));
-            std::thread::sleep(Duration::from_millis(200));
-        }
-        Ok(())
-    }
-
-    /// Starts the controllers that make EndpointSlices of Pods.
-    pub fn start_controllers(&mut self) -> Result<()> {
-        let controllers = "--controllers=endpointslice-controller,serviceaccount-controller";
-        let flags = [controllers, "--allocate-node-cidrs=false"];
-        let program = "kube-controller-manager";
-        self.controllers = Some(spawn(&self.ns, self.folder.path(), &self.address, program, &flags)?);
-        // Without its service account no Pod is accepted.
-        let deadline = Instant::now() + READY;
-        while self.request("GET", "/api/v1/namespaces/default/serviceaccounts/default", None).is_err() {
-            ensure!(Instant::now() < deadline, "the controllers do not start\n{}", self.log(program));
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        Ok(())
-    }
-
-    /// The kubeconfig of `admin`, `proxy` (only the role system:node-proxier) or `nobody` (no role).
-    #[must_use]
-    pub fn kubeconfig(&self, user: &str) -> PathBuf {
-        self.folder.path().join(format!("{user}.kubeconfig"))
-    }
-
-    /// The kubeconfig of a user with the API server at another address, which passes on to it.
-    pub fn kubeconfig_through(&self, user: &str, relay: SocketAddr) -> Result<PathBuf> {
-        let text = std::fs::read_to_string(self.kubeconfig(user))?;
-        let (own, other) = (format!("https://{}:6443", self.address), format!("https://{relay}"));
-        let name = format!("\"{other}\", tls-server-name: \"{}\"", self.address);
-        let path = self.folder.path().join(format!("{user}-{}.kubeconfig", relay.port()));
-        std::fs::write(&path, text.replace(&format!("\"{own}\""), &name))?;
-        Ok(path)
-    }
-
-    /// The certificate that tells the API server.
-    #[must_use]
-    pub fn certificate(&self) -> PathBuf {
-        self.folder.path().join("certificates/apiserver.crt")
-    }
-
-    /// Creates an object; its status too, where it has one.
-    pub fn create(&self, object: &Value) -> Result<()> {
-        self.request("POST", &collection(object)?, Some(object))?;
-        if object.get("status").is_some() {
-            let patch = json!({"status": object["status"]});
-            self.patch_status(object, &patch)?;
-        }
-        Ok(())
-    }
-
-    /// What the API server has at this path.
-    pub fn get(&self, path: &str) -> Result<Value> {
-        Ok(serde_json::from_str(&self.request("GET", path, None)?)?)
-    }
-
-    /// Changes an object by a merge patch.
-    pub fn patch(&self, object: &Value, patch: &Value) -> Result<()> {
-        self.request("PATCH", &path(object)?, Some(patch)).map(drop)
-    }
-
-    /// Changes an object's status by a merge patch.
-    pub fn patch_status(&self, object: &Value, patch: &Value) -> Result<()> {
-        self.request("PATCH", &format!("{}/status", path(object)?), Some(patch)).map(drop)
-    }
-
-    /// Deletes an object.
-    pub fn delete(&self, object: &Value) -> Result<()> {
-        self.request("DELETE", &path(object)?, None).map(drop)
-    }
-
-    /// Has etcd forget all but the newest version of everything.
-    pub fn compact(&self) -> Result<()> {
-        let ask = |path: &str, body: Value| -> Result<Value> {
-            let url = format!("http://127.0.0.1:2379{path}");
-            let answer = self.curl(&["--data", &body.to_string(), &url])?;
-            serde_json::from_str(&answer).context(answer)
-        };
-        let revision = ask("/v3/kv/range", json!({"key": "YQ=="}))?["header"]["revision"].clone();
-        ask("/v3/kv/compaction", json!({"revision": revision, "physical": true})).map(drop)
-    }
-
-    /// A request by an administrator; the answer.
-    fn request(&self, method: &str, path: &str, body: Option<&Value>) -> Result<String> {
-        let kind = if method == "PATCH" { "application/merge-patch+json" } else { "application/json" };
-        let (certificate, kind) = (self.certificate().display().to_string(), format!("Content-Type: {kind}"));
-        let url = format!("https://{}:6443{path}", self.address);
-        let mut arguments = vec!["--cacert", &certificate, "--oauth2-bearer", "admin-token", "-H", &kind, "-X", method];
-        let body = body.map(Value::to_string);
-        if let Some(body) = &body {
-            arguments.extend(["--data", body]);
-        }
-        arguments.push(&url);
-        self.curl(&arguments)
-    }
-
-    fn curl(&self, arguments: &[&str]) -> Result<String> {
-        let mut command = self.ns.command("curl");
-        let output = command.args(["-sS", "--fail-with-body", "--max-time", "30"]).args(arguments).output()?;
-        let (answer, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-        ensure!(output.status.success(), "{arguments:?}: {error} {answer}");
-        Ok(answer.into_owned())
-    }
-
-    /// The end of what a program has written to its log.
-    fn log(&self, program: &str) -> String {
-        let text = std::fs::read_to_string(self.folder.path().join(format!("{program}.log"))).unwrap_or_default();
-        let lines: Vec<&str> = text.lines().collect();
-        lines[lines.len().saturating_sub(20)..].join("\n")
-    }
-}
-
-impl Drop for ControlPlane {
-    fn drop(&mut self) {
-        for child in self.controllers.iter_mut().chain(&mut self.api_server).chain([&mut self.etcd]) {
-            // Killed: nothing of it is kept.
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-}
-
-fn spawn(ns: &NetNs, folder: &Path, address: &str, program: &str, flags: &[&str]) -> Result<Child> {
-    let log = std::fs::File::options().create(true).append(true).open(folder.join(format!("{program}.log")))?;
-    let mut command = ns.command(script("start"));
-    command.arg(folder).args([address, program]).args(flags).stdout(Stdio::null()).stderr(log);
-    command.spawn().with_context(|| format!("cannot start {program}"))
-}
-
-/// Where objects of its kind are.
-fn collection(object: &Value) -> Result<String> {
-    let version = object["apiVersion"].as_str().context("apiVersion")?;
-    let root = if version == "v1" { "/api" } else { "/apis" };
-    let kind = object["kind"].as_str().context("kind")?.to_lowercase();
-    Ok(match object["metadata"]["namespace"].as_str() {
-        Some(namespace) => format!("{root}/{version}/namespaces/{namespace}/{kind}s"),
-        None => format!("{root}/{version}/{kind}s"),
-    })
-}
-
-fn path(object: &Value) -> Result<String> {
-    Ok(format!("{}/{}", collection(object)?, object["metadata"]["name"].as_str().context("metadata.name")?))
+    missing.is_none()
 }

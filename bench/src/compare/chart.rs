@@ -2,8 +2,8 @@
 
 use std::fmt::Write as _;
 
-const WIDTH: f64 = 720.0;
-const LEFT: f64 = 90.0;
+const WIDTH: f64 = 780.0;
+const LEFT: f64 = 150.0;
 const RIGHT: f64 = 110.0;
 const BAR: f64 = 26.0;
 const HEIGHT: f64 = 280.0;

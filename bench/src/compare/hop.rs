@@ -13,9 +13,9 @@ use std::process::Command;
 use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 
-use super::Mode;
-use super::lab::{Lab, NODE_PORT};
 use super::peer::Started;
+use crate::lab::Mode;
+use crate::lab::{Lab, NODE_PORT};
 
 const LINK: &str = "hop0";
 /// `struct virtio_net_hdr`.

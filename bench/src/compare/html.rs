@@ -49,6 +49,9 @@ fn mode_section(html: &mut String, mode: &ModeReport) {
         *html += &format!("<h3>{}</h3>{}", escape(&summary.heading()), table(summary));
         let class = if summary.conclusive { "" } else { "noisy" };
         *html += &format!("<p class='{class}'>{}</p>", escape(&summary.noise()));
+        for text in summary.rows.iter().filter_map(|row| summary.compared_to_plain(row)) {
+            *html += &format!("<p>{}</p>", escape(&text));
+        }
         *html += &ratios(summary);
         if !summary.is_bulk() {
             *html += &format!("<h3>latency by percentile</h3>{}", percentile_curve(summary));

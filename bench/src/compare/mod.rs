@@ -1,15 +1,15 @@
 //! How do peers compare: all of them in one run, interleaved round by round, as ratios to dialling the Pods directly.
 
 mod chart;
+mod flows;
 mod hop;
 mod html;
-mod lab;
+mod kube_proxy;
 mod nft;
 mod peer;
 mod proxy;
 mod report;
-mod sluice;
-mod stats;
+pub(crate) mod stats;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -17,10 +17,12 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 use serde::Serialize;
-use sluice_bench::netns::is_privileged;
 use sluice_bench::workload::{self, Cpu, Plan, Workload, cores};
 
 use crate::cli::parse_duration;
+use crate::daemon;
+use crate::lab::Mode;
+use crate::process;
 use crate::progress::{Line, micros, number};
 pub(crate) use hop::{HopArgs, run as hop};
 use peer::{Peer, Running};
@@ -29,22 +31,11 @@ use report::{Report, Round, Section, Table};
 /// Part of the direct request rate at which latency is compared: nobody is near saturation there.
 const LATENCY_LOAD: f64 = 0.15;
 
-/// The environment lacks something.
-#[derive(Debug)]
-pub(crate) struct Lacking(&'static str);
-
-impl std::fmt::Display for Lacking {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.0)
-    }
-}
-
-impl std::error::Error for Lacking {}
-
 #[derive(Debug, Args)]
 pub(crate) struct CompareArgs {
-    /// Who is compared: direct, sluice, sluice-WORKERS, haproxy, nginx, nft, hop (the least that a hop through TUN costs).
-    #[arg(long, value_delimiter = ',', default_value = "sluice-1,sluice-2,hop,haproxy,nginx,nft")]
+    /// Who is compared: direct, sluice, sluice-WORKERS, haproxy, nginx, kube-proxy (nftables mode), nft (the rules it
+    /// renders), hop (the least that a hop through TUN costs).
+    #[arg(long, value_delimiter = ',', default_value = "sluice-1,sluice-2,hop,haproxy,nginx,kube-proxy,nft")]
     peers: Vec<Peer>,
     /// How often all are measured.
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=1000))]
@@ -73,6 +64,12 @@ pub(crate) struct CompareArgs {
     /// Threads of the load [default: one a core].
     #[arg(long)]
     threads: Option<usize>,
+    /// Measure every sluice with so many Services too, e.g. 100,10000: the rate must not depend on them.
+    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(2..=200_000))]
+    services: Vec<u32>,
+    /// Measure every sluice with so many more flows in its table too, e.g. 100000.
+    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=flows::MOST as i64))]
+    flows: Vec<u32>,
     /// The `sluice` program [default: the one beside this].
     #[arg(long)]
     sluice: Option<PathBuf>,
@@ -82,25 +79,6 @@ pub(crate) struct CompareArgs {
     /// Write a report with charts, in one HTML file.
     #[arg(long)]
     html: Option<PathBuf>,
-}
-
-/// Which client dials what.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Mode {
-    /// An outside client, the node port.
-    Masquerade,
-    /// A client in a Pod, the ClusterIP.
-    Preserve,
-}
-
-impl Mode {
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::Masquerade => "masquerade (client outside, node port)",
-            Self::Preserve => "preserve (client in a Pod, ClusterIP)",
-        }
-    }
 }
 
 /// One kind of measurement.
@@ -143,12 +121,25 @@ impl Cell {
     }
 }
 
+impl CompareArgs {
+    /// But for direct, each once.
+    fn all_peers(&self) -> Vec<Peer> {
+        let mut all = Vec::new();
+        for peer in &self.peers {
+            let services = self.services.iter().map(|services| peer.with(*services as usize - 1, 0));
+            let flows = self.flows.iter().map(|flows| peer.with(0, *flows as usize));
+            for peer in [*peer].into_iter().chain(services).chain(flows) {
+                if peer != Peer::Direct && !all.contains(&peer) {
+                    all.push(peer);
+                }
+            }
+        }
+        all
+    }
+}
+
 /// Compares; whether there were no errors.
 pub(crate) fn run(arguments: &CompareArgs) -> Result<bool> {
-    ensure!(
-        is_privileged(),
-        Lacking("compare makes network namespaces: it needs CAP_SYS_ADMIN and CAP_NET_ADMIN (root)")
-    );
     ensure!(!arguments.seconds.is_zero() && arguments.connections > 0, "--seconds, --connections: use more than 0");
     let modes = match (arguments.masquerade, arguments.preserve) {
         (true, true) => vec![Mode::Masquerade, Mode::Preserve],
@@ -171,14 +162,11 @@ pub(crate) fn run(arguments: &CompareArgs) -> Result<bool> {
 /// All peers in one mode.
 fn section(arguments: &CompareArgs, mode: Mode) -> Result<Section> {
     let mut line = Line::new();
-    let sluice = match &arguments.sluice {
-        Some(path) => path.clone(),
-        None => std::env::current_exe().context("where is this program")?.with_file_name("sluice"),
-    };
+    let sluice = daemon::program(arguments.sluice.as_deref())?;
     let start = |peer| peer::start(peer, mode, arguments.pods, &sluice);
     let direct = start(Peer::Direct)?.map_err(anyhow::Error::msg)?;
     let (mut running, mut skipped) = (vec![(Peer::Direct, direct)], Vec::new());
-    for peer in arguments.peers.iter().copied().filter(|peer| *peer != Peer::Direct) {
+    for peer in arguments.all_peers() {
         match start(peer)? {
             Ok(peer_running) => running.push((peer, peer_running)),
             Err(why) => {
@@ -229,9 +217,9 @@ fn latency_rate(arguments: &CompareArgs, direct: &Running, mode: Mode) -> Result
 }
 
 fn measure(plan: &Plan, running: &Running, mode: Mode, watch: impl FnMut(&workload::Sample)) -> Result<Round> {
-    let (own, theirs, before) = (Cpu::of_process(), running.cpu_us(), MachineCpu::now());
+    let (own, theirs, before) = (Cpu::of_process(), running.usage().cpu_us, MachineCpu::now());
     let outcome = workload::run(Some(running.lab.client(mode)), plan, watch)?;
-    let (own, theirs, after) = (Cpu::of_process().since(own), running.cpu_us() - theirs, MachineCpu::now());
+    let (own, theirs, after) = (Cpu::of_process().since(own), running.usage().cpu_us - theirs, MachineCpu::now());
     let lasted = (plan.warmup + plan.duration).as_secs_f64() * 1e6 * cores() as f64;
     let programs = after.programs_us - before.programs_us;
     Ok(Round {
@@ -257,7 +245,7 @@ impl MachineCpu {
         // cpu user nice system idle iowait irq softirq
         let ticks: Vec<f64> = stat.split_whitespace().skip(1).take(7).filter_map(|ticks| ticks.parse().ok()).collect();
         let sum =
-            |range: std::ops::Range<usize>| ticks.get(range).unwrap_or_default().iter().sum::<f64>() * peer::TICK_US;
+            |range: std::ops::Range<usize>| ticks.get(range).unwrap_or_default().iter().sum::<f64>() * process::TICK_US;
         Self { programs_us: sum(0..3), interrupts_us: sum(5..7) }
     }
 }

@@ -6,8 +6,9 @@ use std::process::Stdio;
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::lab::{CLUSTER_CIDR, CLUSTER_IP, Lab, NODE_PORT};
-use super::peer::{Started, find_program};
+use super::peer::Started;
+use super::proxy::find_program;
+use crate::lab::{CLUSTER_CIDR, CLUSTER_IP, Lab, NODE_PORT};
 
 /// Loads the rules into the node's namespace, with which they go.
 pub(super) fn load(lab: &Lab) -> Result<Started> {

@@ -1,54 +1,85 @@
 //! Who is compared, and how is each started.
 
 use std::fmt;
-use std::fs;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::path::Path;
 use std::str::FromStr;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use serde::{Serialize, Serializer};
 use sluice_bench::workload;
 
-use super::lab::Lab;
-use super::{Mode, hop, nft, proxy, sluice};
+use super::{flows, hop, kube_proxy, nft, proxy};
+use crate::daemon;
+use crate::lab::{Lab, Mode};
+use crate::manifests::{self, Others, ready};
+use crate::process::{Process, Usage};
 
-/// Bound on starting and on stopping.
-const SOON: Duration = Duration::from_secs(15);
-/// What one tick in /proc/PID/stat is, on every Linux.
-pub(super) const TICK_US: f64 = 10_000.0;
+/// Bound on starting.
+const READY: Duration = Duration::from_secs(60);
 
 /// A way from the client to the Pods.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Peer {
     /// Dialling the Pods themselves: what all are measured by.
     Direct,
-    /// The daemon beside this program; with as many packet threads as cores, or with this many.
-    Sluice(Option<usize>),
+    /// The daemon beside this program.
+    Sluice(Sluice),
     /// `mode tcp`.
     Haproxy,
     /// The stream module.
     Nginx,
     /// The rules that kube-proxy's nftables mode renders.
     Nft,
+    /// Kubernetes' own, in nftables mode.
+    KubeProxy,
     /// The least that a hop through TUN can cost.
     Hop,
+}
+
+/// With how much the daemon is measured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Sluice {
+    /// Packet threads, if not as many as cores.
+    workers: Option<usize>,
+    /// Services beside the one that is dialled.
+    others: usize,
+    /// Flows in its table beside those of the load.
+    flows: usize,
+}
+
+impl Peer {
+    /// The same, with other Services and flows, where that makes a difference.
+    pub(crate) fn with(self, others: usize, flows: usize) -> Self {
+        match self {
+            Self::Sluice(sluice) => Self::Sluice(Sluice { others, flows, ..sluice }),
+            peer => peer,
+        }
+    }
+
+    /// What it is the same as, but for other Services and flows.
+    pub(crate) fn plain(self) -> Self {
+        self.with(0, 0)
+    }
 }
 
 impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Direct => f.write_str("direct"),
-            Self::Sluice(None) => f.write_str("sluice"),
-            Self::Sluice(Some(workers)) => write!(f, "sluice-{workers}"),
+            Self::Sluice(Sluice { workers, others, flows }) => {
+                f.write_str("sluice")?;
+                workers.map_or(Ok(()), |workers| write!(f, "-{workers}"))?;
+                let services = others + 1;
+                if *others > 0 { write!(f, " {services} Services") } else { Ok(()) }?;
+                if *flows > 0 { write!(f, " {flows} flows") } else { Ok(()) }
+            }
             Self::Haproxy => f.write_str("haproxy"),
             Self::Nginx => f.write_str("nginx"),
             Self::Nft => f.write_str("nft"),
+            Self::KubeProxy => f.write_str("kube-proxy"),
             Self::Hop => f.write_str("hop"),
         }
     }
@@ -60,14 +91,15 @@ impl FromStr for Peer {
     fn from_str(text: &str) -> Result<Self, String> {
         match text {
             "direct" => Ok(Self::Direct),
-            "sluice" => Ok(Self::Sluice(None)),
+            "sluice" => Ok(Self::Sluice(Sluice::default())),
             "haproxy" => Ok(Self::Haproxy),
             "nginx" => Ok(Self::Nginx),
             "nft" => Ok(Self::Nft),
+            "kube-proxy" => Ok(Self::KubeProxy),
             "hop" => Ok(Self::Hop),
             _ => match text.strip_prefix("sluice-").map(str::parse) {
-                Some(Ok(workers @ 1..=64)) => Ok(Self::Sluice(Some(workers))),
-                _ => Err("use direct, sluice, sluice-WORKERS, haproxy, nginx, nft or hop".to_owned()),
+                Some(Ok(workers @ 1..=64)) => Ok(Self::Sluice(Sluice { workers: Some(workers), ..Sluice::default() })),
+                _ => Err("use direct, sluice, sluice-WORKERS, haproxy, nginx, kube-proxy, nft or hop".to_owned()),
             },
         }
     }
@@ -95,50 +127,73 @@ pub(crate) struct Running {
     pub(super) lab: Lab,
     /// What its clients dial.
     pub(super) targets: Vec<SocketAddr>,
-    process: Option<Child>,
-    folder: tempfile::TempDir,
+    process: Option<Process>,
 }
 
 /// Starts a peer and waits until it serves; `Err` inside if it is not installed.
 pub(super) fn start(peer: Peer, mode: Mode, pods: u8, sluice: &Path) -> Result<Result<Running, String>> {
     let lab = Lab::new(pods)?;
     let folder = tempfile::tempdir().context("a folder for configuration")?;
+    let mut control_plane = None;
     let started = match peer {
         Peer::Direct => Started::Kernel,
-        Peer::Sluice(workers) => sluice::prepare(&lab, folder.path(), sluice, workers)?,
+        Peer::Sluice(with) => match daemon::not_built(sluice) {
+            Some(why) => Started::Missing(why),
+            None => {
+                let endpoints = ready(lab.endpoints().iter().map(SocketAddr::ip));
+                let others = Others { services: with.others, endpoints: 5 * with.others, ..Others::default() };
+                let command = daemon::prepare(&lab, folder.path(), sluice, with.workers, Some(&others), &endpoints)?;
+                if with.flows > 0 {
+                    daemon::add(folder.path(), "silent.json", &manifests::silent(&endpoints))?;
+                }
+                Started::Process(command)
+            }
+        },
         Peer::Haproxy => proxy::haproxy(&lab, folder.path())?,
         Peer::Nginx => proxy::nginx(&lab, folder.path())?,
         Peer::Nft => nft::load(&lab)?,
+        Peer::KubeProxy => match kube_proxy::missing() {
+            Some(why) => Started::Missing(why),
+            None => {
+                let (plane, command) = kube_proxy::prepare(&lab, folder.path())?;
+                control_plane = Some(plane);
+                Started::Process(command)
+            }
+        },
         Peer::Hop => hop::prepare(&lab, mode)?,
     };
     let targets = match peer {
         Peer::Direct => lab.endpoints(),
-        Peer::Sluice(_) | Peer::Nft | Peer::Hop => vec![lab.service(mode)],
+        Peer::Sluice(_) | Peer::Nft | Peer::KubeProxy | Peer::Hop => vec![lab.service(mode)],
         Peer::Haproxy | Peer::Nginx => vec![lab.node_port()],
     };
     let process = match started {
         Started::Missing(why) => return Ok(Err(why)),
         Started::Kernel => None,
-        Started::Process(mut command) => {
-            let log = fs::File::create(folder.path().join("log"))?;
-            command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-            Some(command.spawn().with_context(|| format!("cannot start {peer}"))?)
-        }
+        Started::Process(command) => Some(Process::start(command, folder)?),
     };
-    let mut running = Running { lab, targets, process, folder };
-    running.wait_until_ready(mode).with_context(|| format!("{peer} does not serve\n{}", running.log()))?;
+    let mut running = Running { lab, targets, process };
+    if let Err(error) = running.wait_until_ready(mode) {
+        let log = running.process.as_ref().map(Process::log).unwrap_or_default();
+        return Err(error.context(format!("{peer} does not serve\n{log}")));
+    }
+    if let Peer::Sluice(Sluice { flows: flows @ 1.., .. }) = peer {
+        flows::fill(&running.lab, flows)?;
+    }
+    // Its rules stay as they are; an API server would take its part of the processors from everybody.
+    drop(control_plane);
     running.lab.forget_finished_connections();
     Ok(Ok(running))
 }
 
 impl Running {
     fn wait_until_ready(&mut self, mode: Mode) -> Result<()> {
-        let deadline = Instant::now() + SOON;
+        let deadline = Instant::now() + READY;
         for target in &self.targets {
             while let Err(failure) = workload::probe(Some(self.lab.client(mode)), *target, Duration::from_millis(500))?
             {
-                if let Some(status) = self.process.as_mut().and_then(|process| process.try_wait().transpose()) {
-                    bail!("it ended: {}", status?);
+                if let Some(status) = self.process.as_mut().map_or(Ok(None), Process::ended)? {
+                    bail!("it ended: {status}");
                 }
                 if Instant::now() > deadline {
                     bail!("{target}: {failure}");
@@ -149,49 +204,10 @@ impl Running {
         Ok(())
     }
 
-    fn log(&self) -> String {
-        fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
+    /// What its process and the children of that use.
+    pub(super) fn usage(&self) -> Usage {
+        self.process.as_ref().map_or_else(Usage::default, Process::usage)
     }
-
-    /// Processor time of its process and the children of that, in microseconds.
-    pub(super) fn cpu_us(&self) -> f64 {
-        let Some(process) = &self.process else { return 0.0 };
-        let id = process.id();
-        let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
-        let children = children.split_whitespace().filter_map(|id| id.parse().ok());
-        children.chain([id]).map(ticks).sum::<f64>() * TICK_US
-    }
-}
-
-/// User and system time of a process; nothing for one that has ended.
-fn ticks(id: u32) -> f64 {
-    let stat = fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
-    // The name may hold anything, so fields are counted from its end: state is the third, utime the fourteenth.
-    let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields).split_whitespace();
-    fields.skip(11).take(2).filter_map(|ticks| ticks.parse::<f64>().ok()).sum()
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let Some(process) = &mut self.process else { return };
-        if let Ok(id) = process.id().try_into() {
-            // It may have ended by itself.
-            let _ = kill(Pid::from_raw(id), Signal::SIGTERM);
-        }
-        let deadline = Instant::now() + SOON;
-        while matches!(process.try_wait(), Ok(None)) && Instant::now() < deadline {
-            thread::sleep(Duration::from_millis(10));
-        }
-        drop(process.kill());
-        drop(process.wait());
-    }
-}
-
-/// A program in the path, or where administrators' programs are.
-pub(super) fn find_program(name: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let folders = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
-    folders.map(|folder| folder.join(name)).find(|program| program.is_file())
 }
 
 #[cfg(test)]
@@ -200,11 +216,15 @@ mod tests {
 
     #[test]
     fn names_survive() {
-        for name in ["direct", "sluice", "sluice-2", "haproxy", "nginx", "nft"] {
+        for name in ["direct", "sluice", "sluice-2", "haproxy", "nginx", "nft", "kube-proxy"] {
             assert_eq!(name.parse::<Peer>().unwrap().to_string(), name);
         }
         for name in ["", "sluice-", "sluice-0", "ipvs"] {
             assert!(name.parse::<Peer>().is_err(), "{name}");
         }
+        let sluice: Peer = "sluice-2".parse().unwrap();
+        assert_eq!(sluice.with(99, 5).to_string(), "sluice-2 100 Services 5 flows");
+        assert_eq!(sluice.with(99, 5).plain(), sluice);
+        assert_eq!(Peer::Nft.with(99, 5), Peer::Nft);
     }
 }

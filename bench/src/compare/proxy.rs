@@ -2,12 +2,12 @@
 
 use std::fmt::Write as _;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
-use super::lab::Lab;
-use super::peer::{Started, find_program};
+use super::peer::Started;
+use crate::lab::Lab;
 
 const MISSING: &str = "not installed (scripts/setup-peers installs it)";
 /// Where distributions keep nginx's stream module when it is not built in.
@@ -54,4 +54,11 @@ pub(super) fn nginx(lab: &Lab, folder: &Path) -> Result<Started> {
     let mut command = lab.topology.node.command(program);
     command.arg("-p").arg(folder).arg("-c").arg(file).args(["-e", "stderr"]);
     Ok(Started::Process(command))
+}
+
+/// A program in the path, or where administrators' programs are.
+pub(super) fn find_program(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let folders = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
+    folders.map(|folder| folder.join(name)).find(|program| program.is_file())
 }

@@ -10,9 +10,12 @@ use sluice_bench::workload::{Cpu, Outcome, cores, new_histogram};
 
 use super::peer::Peer;
 use super::stats::Figure;
-use super::{Cell, Mode, show};
+use super::{Cell, show};
+use crate::lab::Mode;
 use crate::progress::{PERCENTILES, micros};
 
+/// How far a rate may be from what it is with one Service and without other flows.
+const FLAT: f64 = 0.1;
 /// How far direct may typically be from itself; beyond, nothing is concluded.
 const NOISE_LIMIT: f64 = 0.1;
 
@@ -87,7 +90,14 @@ impl Table {
         let itself = self.values(&self.again).zip(self.values(direct)).map(|(again, first)| again / first).collect();
         // What a round's ratios are to: both of its direct measurements.
         let base: Vec<f64> = self.values(&self.again).zip(self.values(direct)).map(|(a, b)| (a + b) / 2.0).collect();
-        let rows = self.rounds.iter().filter_map(|(peer, rounds)| self.row(*peer, rounds, &base)).collect();
+        let row = |(peer, rounds): &(Peer, Vec<Round>)| {
+            let plain = self.rounds.iter().find(|(other, _)| *other == peer.plain() && other != peer);
+            let to_plain = |(_, plain): &(Peer, Vec<Round>)| {
+                Figure::of(self.values(rounds).zip(self.values(plain)).map(|(value, plain)| value / plain).collect())
+            };
+            Some(Row { to_plain: plain.and_then(to_plain), ..self.row(*peer, rounds, &base)? })
+        };
+        let rows = self.rounds.iter().filter_map(row).collect();
         let noise = Figure::of(itself);
         let all = self.rounds.iter().flat_map(|(_, rounds)| rounds).chain(&self.again);
         let others = Figure::of(all.map(|round| round.others).collect());
@@ -122,6 +132,7 @@ impl Table {
             tool_system_us: median(|round| round.tool_cpu.system_us)?,
             peer_cpu_us: median(|round| round.peer_cpu_us)?,
             interrupt_cpu_us: median(|round| round.interrupt_cpu_us)?,
+            to_plain: None,
             all_cpu_us: median(Round::all_cpu_us)?,
             failures,
             series: rounds
@@ -203,6 +214,8 @@ pub(super) struct Row {
     pub(super) tool_system_us: f64,
     pub(super) peer_cpu_us: f64,
     pub(super) interrupt_cpu_us: f64,
+    /// With more Services or flows: its rate (for latency, its latency) to that of the same peer without them, round by round.
+    pub(super) to_plain: Option<Figure>,
     /// All of these: what a saturated machine spends on it.
     pub(super) all_cpu_us: f64,
     pub(super) failures: BTreeMap<String, u64>,
@@ -302,10 +315,29 @@ impl Summary {
         }
         println!("{table}\n{}", self.noise());
         for row in &self.rows {
+            if let Some(text) = self.compared_to_plain(row) {
+                println!("{text}");
+            }
+        }
+        for row in &self.rows {
             for (kind, count) in &row.failures {
                 println!("{}: {count} {kind}", row.peer);
             }
         }
+    }
+
+    /// Whether more Services or flows make a difference, in words.
+    pub(super) fn compared_to_plain(&self, row: &Row) -> Option<String> {
+        let Figure { median, low, high, confidence, .. } = row.to_plain.as_ref()?;
+        let verdict = if (1.0 - FLAT..=1.0 + FLAT).contains(median) {
+            "no difference beyond 10 %"
+        } else if self.conclusive && *confidence > 0.9 && (*low > 1.0 + FLAT || *high < 1.0 - FLAT) {
+            "DIFFERENT"
+        } else {
+            "too noisy to tell: use more rounds, or a quieter machine"
+        };
+        let (peer, plain, percent) = (row.peer, row.peer.plain(), confidence * 100.0);
+        Some(format!("{peer} to {plain}: {median:.2} [{low:.2} – {high:.2}, {percent:.0} %]: {verdict}"))
     }
 
     /// What direct uses, to what a peer uses: the ratio of their rates on a saturated machine, and one that other programs
