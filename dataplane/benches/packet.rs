@@ -57,6 +57,7 @@ fn service(number: usize, shift: usize) -> ServiceSpec {
         cluster: EndpointList { addresses, why: String::new() },
         local: EndpointList::default(),
         retry: true,
+        hold: None,
         drain_timeout: DrainTimeout::After(Duration::from_secs(60)),
     };
     ServiceSpec { name: ServiceName::new("bench", &format!("service-{number}")), created: None, ports: vec![port] }

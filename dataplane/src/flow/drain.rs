@@ -29,7 +29,7 @@ pub struct Ended {
     pub terminated: u64,
     /// TCP, reset: the drain deadline passed.
     pub deadline: u64,
-    /// UDP, SCTP, and TCP connections that were still being opened: forgotten.
+    /// UDP, SCTP, and TCP connections that nobody had answered yet: forgotten.
     pub forgotten: u64,
 }
 
@@ -51,7 +51,7 @@ pub struct Progress {
 
 impl FlowTable {
     /// Ends flows of endpoints that are gone, from record number `from` on: at most `flows` flows among `records` records.
-    /// Takes the table's lock only to forget a flow, never for a TCP flow.
+    /// Takes the table's lock only to forget a flow, never to reset a connection.
     pub fn end_gone(&self, from: usize, records: usize, flows: usize, mut send: impl FnMut(&Reset)) -> Progress {
         let (used, mut ended) = (self.used(), 0);
         let stop = used.min(from + records);
@@ -87,8 +87,8 @@ impl FlowTable {
 
     fn end_one(&self, hit: Hit, cause: Cause, send: &mut impl FnMut(&Reset)) -> bool {
         let counters = self.ended_counters();
-        // A client that is still asking asks again in a second: then another endpoint may be there.
-        if hit.fields().request.protocol != Protocol::Tcp || hit.state() == State::Opening {
+        // A client that nobody answered asks again in a second: then another endpoint may be there.
+        if hit.fields().request.protocol != Protocol::Tcp || self.is_unanswered(&hit) {
             self.close(&hit);
             counters.forgotten.fetch_add(1, Relaxed);
             return true;

@@ -343,6 +343,11 @@ impl FlowTable {
         (number(direction), number(direction.reverse()))
     }
 
+    /// Whether the endpoint has not been heard of.
+    pub(super) fn is_unanswered(&self, hit: &Hit) -> bool {
+        hit.state() == State::Opening && self.records[hit.record as usize].expected(Direction::Reply).is_none()
+    }
+
     pub(super) fn hit(&self, record: u32) -> Option<Hit> {
         let snapshot = self.records[record as usize].read()?;
         Some(Hit { record, snapshot, direction: Direction::Request })
