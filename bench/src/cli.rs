@@ -1,6 +1,7 @@
 //! What does the command line ask for.
 
 use std::net::{SocketAddr, ToSocketAddrs as _};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -94,6 +95,9 @@ pub(crate) struct CommonArgs {
     /// Print the result as one JSON object.
     #[arg(long)]
     pub(crate) json: bool,
+    /// Write a report with charts, in one HTML file.
+    #[arg(long)]
+    pub(crate) html: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

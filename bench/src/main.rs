@@ -11,13 +11,13 @@ mod scenario;
 
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use clap::Parser as _;
 use sluice_bench::plain_server::PlainServer;
 use sluice_bench::serve::listen_tcp;
 use sluice_bench::workload::{self, Plan, Workload};
 
-use cli::{Cli, Command};
+use cli::{Cli, Command, CommonArgs};
 
 fn main() -> ExitCode {
     match run(Cli::parse().command) {
@@ -33,9 +33,9 @@ fn main() -> ExitCode {
 /// Whether all went without errors.
 fn run(command: Command) -> Result<bool> {
     match command {
-        Command::Cps(arguments) => load(&arguments.plan(Workload::Cps)?, arguments.common.json),
-        Command::Rr(arguments) => load(&arguments.plan(Workload::Rr)?, arguments.common.json),
-        Command::Bulk(arguments) => load(&arguments.plan()?, arguments.common.json),
+        Command::Cps(arguments) => load(&arguments.plan(Workload::Cps)?, &arguments.common),
+        Command::Rr(arguments) => load(&arguments.plan(Workload::Rr)?, &arguments.common),
+        Command::Bulk(arguments) => load(&arguments.plan()?, &arguments.common),
         Command::Serve(arguments) => {
             let server = PlainServer::start(listen_tcp(arguments.port)?, arguments.threads)?;
             eprintln!("serving on {}", server.address());
@@ -51,11 +51,15 @@ fn run(command: Command) -> Result<bool> {
     }
 }
 
-fn load(plan: &Plan, json: bool) -> Result<bool> {
+fn load(plan: &Plan, arguments: &CommonArgs) -> Result<bool> {
     let mut line = progress::Line::new();
     let outcome = workload::run(None, plan, |sample| line.sample("", plan.workload, sample))?;
     line.clear();
-    if json {
+    if let Some(path) = &arguments.html {
+        let page = compare::html::load_page(plan, &outcome);
+        std::fs::write(path, page).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    if arguments.json {
         println!("{}", progress::to_json(plan, &outcome));
     } else {
         progress::print(plan, &outcome);

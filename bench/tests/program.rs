@@ -48,14 +48,35 @@ fn free_port() -> u16 {
 fn loads_report_as_json_and_end_with_0() {
     let server = Server::start();
     let target = format!("localhost:{}", server.1);
+    let folder = tempfile::tempdir().unwrap();
+    let html = folder.path().join("r.html");
     for (workload, unit) in [("cps", "connections/s"), ("rr", "requests/s"), ("bulk", "Gbit/s")] {
-        let output = bench(&[workload, "--target", &target, "--duration", "200ms", "--warmup", "0s", "--json"]);
+        let short = [workload, "--target", &target, "--duration", "200ms", "--warmup", "0s", "--json"];
+        let output = bench(&[&short[..], &["--html", html.to_str().unwrap()]].concat());
         assert!(output.status.success(), "{workload}: {}", String::from_utf8_lossy(&output.stderr));
         let report: Value = serde_json::from_slice(&output.stdout).unwrap();
         assert_eq!(report["unit"], unit);
         assert!(report["result"]["rate"].as_f64().unwrap() > 0.0, "{report}");
         assert_eq!(report["result"]["failures"], serde_json::json!({}));
+        let page = std::fs::read_to_string(&html).unwrap();
+        let charts = if workload == "bulk" { 1 } else { 3 };
+        assert_eq!(page.matches("<svg").count(), charts, "{workload}");
     }
+}
+
+#[test]
+fn idle_connections_to_any_target_are_asked_twice() {
+    let server = Server::start();
+    let (target, pid) = (format!("127.0.0.1:{}", server.1), server.0.id().to_string());
+    let arguments = ["idle", "--connections", "50", "--duration", "100ms", "--json", "--pid", &pid, "--target"];
+    let output = bench(&[&arguments[..], &[&target]].concat());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&report["connections"], &report["failures"]), (&50.into(), &serde_json::json!({})));
+    assert!(report["program"]["residentBytes"].as_u64().unwrap() > 100_000, "{report}");
+    drop(server);
+    let output = bench(&["idle", "--connections", "2", "--duration", "0s", "--target", &target]);
+    assert_eq!(output.status.code(), Some(1));
 }
 
 #[test]

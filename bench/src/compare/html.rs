@@ -1,13 +1,14 @@
-//! The report as one HTML file: tables and charts, nothing loaded from elsewhere.
+//! Reports as one HTML file: tables and charts, nothing loaded from elsewhere.
 
 use std::fmt::Write as _;
 
 use hdrhistogram::Histogram;
+use sluice_bench::workload::{Outcome, Plan, Sample, Workload};
 
 use super::chart::{Bar, Line, Scale, bars, colour, escape, lines};
-use super::report::{ModeReport, Report, Summary};
+use super::report::{Host, ModeReport, Report, Summary};
 use super::{Cell, show};
-use crate::progress::micros;
+use crate::progress::{micros, number};
 
 const STYLE: &str = "
 body{font:15px/1.5 system-ui,sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem;color:#1f2937;background:#fff}
@@ -20,18 +21,48 @@ svg{width:100%;font:11px system-ui,sans-serif;fill:#374151}.grid{stroke:#e5e7eb}
 /// Percentiles up to this one are drawn.
 const LAST_PERCENTILE: f64 = 99.99;
 
-pub(super) fn page(report: &Report) -> String {
-    let host = &report.host;
-    let mut html = format!(
+/// The report of one load.
+pub(crate) fn load_page(plan: &Plan, outcome: &Outcome) -> String {
+    let (workload, unit) = (plan.workload.as_str(), plan.workload.unit());
+    let mut html = head(workload, &Host::here());
+    let cpu = outcome.cpu.user_us + outcome.cpu.system_us;
+    let each = if plan.workload == Workload::Bulk { "MB" } else { "request" };
+    html += &format!(
+        "<p>{} {unit}, {} errors, {} overdue at the end; own CPU a {each} {cpu:.1} µs</p>",
+        number(outcome.rate),
+        outcome.failed(),
+        outcome.overdue
+    );
+    for (kind, count) in &outcome.failures {
+        html += &format!("<p class='noisy'>{count} {}</p>", escape(kind));
+    }
+    let series = |of: fn(&Sample) -> f64| {
+        let points = outcome.samples.iter().map(|sample| (sample.at, of(sample))).collect();
+        lines(&[Line { name: workload, points, colour: colour(1) }], &Scale::Linear, &Scale::Linear, "s")
+    };
+    if plan.workload != Workload::Bulk {
+        html +=
+            &format!("<h3>latency by percentile</h3>{}", percentile_curve(&[(workload.to_owned(), &outcome.latency)]));
+        html += &format!("<h3>mean latency over time, µs</h3>{}", series(|sample| sample.mean_us));
+    }
+    html + &format!("<h3>{unit} over time, warm-up included</h3>{}</html>\n", series(|sample| sample.rate))
+}
+
+fn head(what: &str, host: &Host) -> String {
+    format!(
         "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>\
-         <title>sluice-bench compare</title><style>{STYLE}</style><h1>sluice-bench compare</h1>\
+         <title>sluice-bench {what}</title><style>{STYLE}</style><h1>sluice-bench {what}</h1>\
          <p>sluice-bench {}, Linux {}, {} × {}<br><code>{}</code></p>",
         escape(host.version),
         escape(&host.kernel),
         host.cores,
         escape(&host.processor),
         escape(&host.command)
-    );
+    )
+}
+
+pub(super) fn page(report: &Report) -> String {
+    let mut html = head("compare", &report.host);
     html += "<p>Peers take turns, round by round, each in network namespaces of its own. A ratio is to the mean of both \
              direct measurements of the same round; the thin line is the interval in which its true median lies.</p>";
     for mode in &report.modes {
@@ -54,7 +85,8 @@ fn mode_section(html: &mut String, mode: &ModeReport) {
         }
         *html += &ratios(summary);
         if !summary.is_bulk() {
-            *html += &format!("<h3>latency by percentile</h3>{}", percentile_curve(summary));
+            let latencies: Vec<_> = summary.rows.iter().map(|row| (row.peer.to_string(), &row.latency)).collect();
+            *html += &format!("<h3>latency by percentile</h3>{}", percentile_curve(&latencies));
         }
         if summary.cell != Cell::Latency {
             *html += &format!("<h3>rate over time, all rounds</h3>{}", time_series(summary));
@@ -117,7 +149,7 @@ fn nines(percentile: f64) -> f64 {
     -(1.0 - percentile / 100.0).log10()
 }
 
-fn percentile_curve(summary: &Summary) -> String {
+fn percentile_curve(latencies: &[(String, &Histogram<u64>)]) -> String {
     let curve = |latency: &Histogram<u64>| {
         (0..=80)
             .map(|step| nines(LAST_PERCENTILE) * f64::from(step) / 80.0)
@@ -125,14 +157,9 @@ fn percentile_curve(summary: &Summary) -> String {
             .collect()
     };
     let marks = [0.0, 50.0, 90.0, 99.0, 99.9, 99.99].map(|p| (nines(p), format!("p{p}"))).to_vec();
-    let names: Vec<String> = summary.rows.iter().map(|row| row.peer.to_string()).collect();
-    let data: Vec<Line<'_>> = summary
-        .rows
-        .iter()
-        .zip(&names)
-        .enumerate()
-        .map(|(position, (row, name))| Line { name, points: curve(&row.latency), colour: colour(position) })
-        .collect();
+    let line = |(position, (name, latency))| Line { name, points: curve(latency), colour: colour(position) };
+    let numbered = latencies.iter().map(|(name, latency)| (name.as_str(), *latency)).enumerate();
+    let data: Vec<Line<'_>> = numbered.map(line).collect();
     lines(&data, &Scale::Marks(marks), &Scale::Logarithmic, "µs")
 }
 

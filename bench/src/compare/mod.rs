@@ -3,7 +3,7 @@
 mod chart;
 mod flows;
 mod hop;
-mod html;
+pub(crate) mod html;
 mod kube_proxy;
 mod nft;
 mod peer;

@@ -169,7 +169,7 @@ pub(super) struct Report {
 /// Where it ran.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct Host {
+pub(crate) struct Host {
     pub(super) kernel: String,
     pub(super) cores: usize,
     pub(super) processor: String,
@@ -260,7 +260,7 @@ impl Report {
 }
 
 impl Host {
-    fn here() -> Self {
+    pub(crate) fn here() -> Self {
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
         let cpuinfo = read("/proc/cpuinfo");
         let model = cpuinfo.lines().find(|line| line.starts_with("model name")).and_then(|line| line.split_once(':'));
@@ -329,12 +329,14 @@ impl Summary {
     /// Whether more Services or flows make a difference, in words.
     pub(super) fn compared_to_plain(&self, row: &Row) -> Option<String> {
         let Figure { median, low, high, confidence, .. } = row.to_plain.as_ref()?;
-        let verdict = if (1.0 - FLAT..=1.0 + FLAT).contains(median) {
-            "no difference beyond 10 %"
-        } else if self.conclusive && *confidence > 0.9 && (*low > 1.0 + FLAT || *high < 1.0 - FLAT) {
+        let verdict = if !self.conclusive {
+            "too noisy to tell"
+        } else if (1.0 - FLAT..=1.0 + FLAT).contains(median) {
+            "within 10 %"
+        } else if *low > 1.0 + FLAT || *high < 1.0 - FLAT {
             "DIFFERENT"
         } else {
-            "too noisy to tell: use more rounds, or a quieter machine"
+            "not told apart: use more rounds"
         };
         let (peer, plain, percent) = (row.peer, row.peer.plain(), confidence * 100.0);
         Some(format!("{peer} to {plain}: {median:.2} [{low:.2} – {high:.2}, {percent:.0} %]: {verdict}"))
