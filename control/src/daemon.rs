@@ -13,7 +13,6 @@ use sluice_dataplane::flow::{FlowFile, Found};
 use sluice_dataplane::net::Family;
 use sluice_dataplane::packet_path::{PacketPath, Settings, Shared, Tun};
 use sluice_dataplane::table::RoutingTable;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::config::Config;
 use crate::drains::Drains;
@@ -26,6 +25,7 @@ use crate::loopback::LoopbackListeners;
 use crate::node::NodeFacts;
 use crate::publish::Publisher;
 use crate::saving::{self, Saving};
+use crate::signals::Signals;
 use crate::source::{Feed, Source, Update};
 use crate::state::{Repairs, State};
 use crate::upstream::Upstreams;
@@ -115,26 +115,6 @@ pub async fn run(config: Config, source: Source, names_for_host: bool) -> Result
     removed?;
     tracing::info!("stopped; nothing of ours is left on the host");
     Ok(())
-}
-
-/// What ends the daemon.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Signals {
-    fn new() -> std::io::Result<Self> {
-        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
-    }
-
-    /// Waits for one.
-    async fn received(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
-        }
-    }
 }
 
 /// The publisher, with what an earlier process left for it.

@@ -32,6 +32,7 @@ pub mod resolve;
 pub mod responder;
 pub mod saved;
 pub mod saving;
+mod signals;
 pub mod source;
 pub mod state;
 pub mod store;
