@@ -323,7 +323,7 @@ impl Daemon {
     async fn update(&mut self, update: Update) -> Result<()> {
         self.state.progress().pending_since.get_or_insert_with(Instant::now);
         if let Some(saving) = &mut self.saving {
-            saving.note(&update);
+            saving.note(&update, self.state.freshness().is_synced);
         }
         let state = Arc::clone(&self.state);
         let table = tokio::task::spawn_blocking(move || state.apply(update)).await?;

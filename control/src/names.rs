@@ -6,16 +6,13 @@ use std::sync::Arc;
 use ahash::AHashMap;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Service;
-use k8s_openapi::api::discovery::v1::EndpointSlice;
 use sluice_dataplane::dns::{Zone, ZoneBuilder};
 use sluice_dataplane::table::ServiceName;
 
 use crate::config::Dns;
+use crate::programming::trigger;
 use crate::resolve::names::{is_headless, names, pod_addresses};
-use crate::store::{Store, Stored, Touched};
-
-/// When the change of endpoints that a slice tells of was triggered.
-const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
+use crate::store::{Store, Touched};
 
 /// The zone in the making.
 pub struct Names {
@@ -74,14 +71,11 @@ impl Names {
     }
 
     fn note_trigger(&mut self, store: &Store, name: &ServiceName, service: Option<&Service>) {
-        let of_slice = |slice: &Stored<EndpointSlice>| -> Option<Timestamp> {
-            slice.object.metadata.annotations.as_ref()?.get(TRIGGER_TIME)?.parse().ok()
-        };
         let Some(spec) = service.and_then(|service| service.spec.as_ref()) else {
             self.seen.remove(name);
             return;
         };
-        let Some(last) = store.slices(name).filter_map(of_slice).max() else { return };
+        let Some(last) = store.slices(name).filter_map(|slice| trigger(&slice.object)).max() else { return };
         let before = self.seen.insert(name.clone(), last);
         // What was there at the start tells nothing of us.
         if self.is_synced && before.is_none_or(|before| before < last) {
@@ -108,6 +102,7 @@ mod tests {
     use super::*;
     use crate::object::Object;
     use crate::problem::Origin;
+    use crate::programming::TRIGGER_TIME;
     use crate::source::Change;
 
     #[test]

@@ -37,7 +37,8 @@ pub fn triggers(store: &Store, changes: &[Change], since: Timestamp) -> Vec<(Fam
     triggers.into_iter().map(|(_, family, trigger)| (family, trigger)).collect()
 }
 
-fn trigger(slice: &EndpointSlice) -> Option<Timestamp> {
+/// When the change that a slice tells of was triggered.
+pub(crate) fn trigger(slice: &EndpointSlice) -> Option<Timestamp> {
     slice.metadata.annotations.as_ref()?.get(TRIGGER_TIME)?.parse().ok()
 }
 

@@ -19,9 +19,6 @@ const PAUSE: u32 = 20;
 #[derive(Debug)]
 pub struct Saving {
     saved: Saved,
-    /// The source has told all there is.
-    is_synced: bool,
-    is_behind: bool,
     is_unsaved: bool,
     /// When the last save may be followed by another.
     rest_until: Option<Instant>,
@@ -33,22 +30,12 @@ impl Saving {
     /// Nothing is saved before the source has told all there is.
     #[must_use]
     pub fn new(saved: Saved, is_synced: bool) -> Self {
-        Self {
-            saved,
-            is_synced,
-            is_behind: false,
-            is_unsaved: is_synced,
-            rest_until: None,
-            task: None,
-            has_warned: false,
-        }
+        Self { saved, is_unsaved: is_synced, rest_until: None, task: None, has_warned: false }
     }
 
-    /// An update comes.
-    pub fn note(&mut self, update: &Update) {
-        self.is_synced |= update.is_whole;
-        self.is_behind = update.is_behind;
-        self.is_unsaved |= self.is_synced && (update.is_whole || !update.changes.is_empty());
+    /// An update comes, to objects that are the source's (`is_synced`) or an earlier process's.
+    pub fn note(&mut self, update: &Update, is_synced: bool) {
+        self.is_unsaved |= update.is_whole || is_synced && !update.changes.is_empty();
     }
 
     /// Begins to save, or says that what is saved is still true. Call it each [`INTERVAL`].
@@ -61,8 +48,7 @@ impl Saving {
             if self.rest_until.is_none_or(|until| until <= Instant::now()) {
                 self.begin_task(state);
             }
-        } else if self.is_synced
-            && !self.is_behind
+        } else if state.freshness().is_fresh()
             && let Err(error) = self.saved.confirm()
         {
             // Somebody took the file away.

@@ -79,6 +79,11 @@ pub struct Freshness {
 }
 
 impl Freshness {
+    /// They are all the source's, and none is missed.
+    pub(crate) fn is_fresh(self) -> bool {
+        self.is_synced && self.behind_since.is_none()
+    }
+
     /// After this update, which came `now`.
     fn after(self, update: &Update, now: Timestamp) -> Self {
         if !(self.is_synced || update.is_whole) {
@@ -192,10 +197,10 @@ impl State {
     /// Swaps the zone, when there is another. The packet path has been told first: a name never leads where nobody is.
     fn publish_names(&self, publisher: &mut Publisher) {
         let Some(names) = &self.names else { return };
-        if let Some(zone) = publisher.zone(Timestamp::now()) {
+        let now = Timestamp::now();
+        if let Some(zone) = publisher.zone(now) {
             names.publish(zone);
         }
-        let now = Timestamp::now();
         for (kind, triggered) in publisher.take_triggers() {
             // Clocks differ: what seems to come from the future took no time.
             admin::metrics::names_changed(kind, Duration::try_from(now.duration_since(triggered)).unwrap_or_default());

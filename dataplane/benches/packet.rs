@@ -12,15 +12,14 @@ use criterion::{BatchSize, BenchmarkId, Criterion, criterion_group, criterion_ma
 use etherparse::PacketBuilder;
 use sluice_dataplane::decide::{NewFlow, Verdict};
 use sluice_dataplane::flow::Address;
-use sluice_dataplane::net::{Family, Protocol};
+use sluice_dataplane::net::Protocol;
 use sluice_dataplane::packet::rewrite::{Translation, rewrite};
 use sluice_dataplane::packet::view::Packet;
 use sluice_dataplane::packet::vnet;
 use sluice_dataplane::packet_path::{Action, Settings, Shared, Worker};
 use sluice_dataplane::select::{Selection, select};
 use sluice_dataplane::table::{
-    Balancing, DrainTimeout, EndpointList, EndpointSpec, NodeSpec, PortSpec, ServiceName, ServiceSpec, TableBuilder,
-    Uid,
+    Balancing, DrainTimeout, EndpointSpec, NodeSpec, PortSpec, ServiceName, ServiceSpec, TableBuilder, Uid,
 };
 
 const ENDPOINTS: usize = 5;
@@ -37,29 +36,10 @@ fn cluster_ip(service: usize) -> SocketAddr {
 /// A Service; `shift` gives it other endpoints.
 fn service(number: usize, shift: usize) -> ServiceSpec {
     let endpoint = |index| SocketAddr::new(address([10, 128, 0, 0], number * ENDPOINTS + index + shift), 8080);
-    let addresses: Vec<SocketAddr> = (0..ENDPOINTS).map(endpoint).collect();
+    let endpoints = (0..ENDPOINTS).map(endpoint).map(endpoint_of_a_pod).collect();
     let port = PortSpec {
-        name: String::new(),
-        protocol: Protocol::Tcp,
-        number: 80,
-        family: Family::V4,
-        cluster_ip: cluster_ip(number).ip(),
-        node_port: None,
-        load_balancer_ips: Vec::new(),
-        external_ips: Vec::new(),
-        source_ranges: Vec::new(),
-        source_ranges_admit_vips: false,
-        internal_policy: Default::default(),
-        external_policy: Default::default(),
-        affinity: None,
-        balancing: Balancing::default(),
-        has_any_endpoint: true,
-        endpoints: addresses.iter().map(|address| endpoint_of_a_pod(*address)).collect(),
-        cluster: EndpointList { addresses, why: String::new() },
-        local: EndpointList::default(),
-        retry: true,
-        hold: None,
         drain_timeout: DrainTimeout::After(Duration::from_secs(60)),
+        ..PortSpec::plain(Protocol::Tcp, cluster_ip(number), endpoints)
     };
     ServiceSpec { name: ServiceName::new("bench", &format!("service-{number}")), created: None, ports: vec![port] }
 }

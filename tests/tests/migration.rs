@@ -8,13 +8,12 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use sluice_bench::client::{Connection, Target, ask};
 use sluice_bench::netns::NetNs;
+use sluice_tests::api_cluster::{ADDRESS, service, slices};
 use sluice_tests::cluster::{Cluster, SOON};
 use sluice_tests::control_plane::{self, ControlPlane};
 use sluice_tests::kube_proxy::{KubeProxy, configuration, has_tool, program};
 use sluice_tests::{can_run_in_namespaces, manifests, sluice_binary};
 
-/// Where the API server is, as a Pod of the cluster.
-const ADDRESS: &str = "10.244.255.1";
 /// Connections of each kind of client, by each kind of frontend, in each family.
 const EACH: usize = 20;
 /// How long a connection may take to answer; one that hangs is lost.
@@ -67,11 +66,8 @@ fn cluster() -> (Cluster, ControlPlane) {
     }
     let addresses: Vec<IpAddr> = cluster.topology.config.node.iter().map(ipnet::IpNet::addr).collect();
     plane.create(&manifests::node(&addresses)).unwrap();
-    let mut service = manifests::service("web", 10);
-    service["spec"]["ports"].as_array_mut().unwrap().truncate(1);
-    plane.create(&service).unwrap();
-    let pods = cluster.pods.iter().map(|pod| (pod.pod.name.clone(), pod.pod.addresses.clone()));
-    for slice in manifests::slices("web", &pods.collect::<Vec<_>>()) {
+    plane.create(&service("web", 10)).unwrap();
+    for slice in slices(&cluster, "web", 0..2) {
         plane.create(&slice).unwrap();
     }
     cluster.watch_api(plane.kubeconfig("proxy"));
@@ -316,12 +312,10 @@ fn beside_kube_proxy_only_services_with_our_name_are_ours() {
     cluster.start().unwrap();
     wait_until_all_answer(&cluster, "kube-proxy's Service");
     // A Service of ours, made while both run.
-    let mut ours = manifests::service("ours", 11);
-    ours["spec"]["ports"].as_array_mut().unwrap().truncate(1);
+    let mut ours = service("ours", 11);
     ours["metadata"]["labels"] = serde_json::json!({"service.kubernetes.io/service-proxy-name": "sluice"});
     plane.create(&ours).unwrap();
-    let pods = cluster.pods.iter().map(|pod| (pod.pod.name.clone(), pod.pod.addresses.clone()));
-    for slice in manifests::slices("ours", &pods.collect::<Vec<_>>()) {
+    for slice in slices(&cluster, "ours", 0..2) {
         plane.create(&slice).unwrap();
     }
     let at_ours = |v4| {

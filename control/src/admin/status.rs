@@ -101,8 +101,7 @@ fn source(name: &str, freshness: Freshness, problems: &[&Problem], now: Timestam
             message += &format!(", and {more} more");
         }
     }
-    let is_well = freshness.is_synced && freshness.behind_since.is_none();
-    Subsystem::new("source", !is_well || problems.iter().any(|it| it.severity == Severity::Error), message)
+    Subsystem::new("source", !freshness.is_fresh() || problems.iter().any(|it| it.severity == Severity::Error), message)
 }
 
 fn table<'p>(state: &State, of_objects: impl Iterator<Item = &'p Problem>) -> Subsystem {

@@ -93,6 +93,16 @@ pub fn ask(admin: SocketAddr, path: &str) -> Result<String> {
     read(admin, &url, agent().get(&url).call())
 }
 
+/// Asks the daemon, with these parameters.
+pub fn ask_with<'a>(
+    admin: SocketAddr,
+    path: &str,
+    parameters: impl IntoIterator<Item = (&'a str, &'a str)>,
+) -> Result<String> {
+    let url = format!("http://{admin}{path}");
+    read(admin, &url, agent().get(&url).query_pairs(parameters).call())
+}
+
 /// Has the daemon do something.
 pub fn post(admin: SocketAddr, path: &str, body: &impl serde::Serialize) -> Result<String> {
     let url = format!("http://{admin}{path}");

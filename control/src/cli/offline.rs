@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use sluice_dataplane::table::Slots;
 
 use crate::config::{Config, ConfigError};
@@ -60,6 +60,18 @@ pub fn load_cluster(mut config: Config, access: Access) -> Result<Publisher> {
     })?;
     let mut publisher = Publisher::new(config, Vec::new(), Arc::new(Slots::new(1)));
     publisher.update(update);
+    Ok(publisher)
+}
+
+/// The same for commands that answer a question. What is wrong with the manifests is said on standard error, and changes
+/// nothing else.
+pub(super) fn load_and_say(config: Config, manifests: Option<&Path>) -> Result<Publisher> {
+    let manifests = manifests.context("--manifests or --admin is needed")?;
+    std::fs::metadata(manifests).with_context(|| format!("cannot read {}", manifests.display()))?;
+    let publisher = load(config, manifests);
+    for problem in publisher.problems() {
+        eprintln!("{problem}");
+    }
     Ok(publisher)
 }
 

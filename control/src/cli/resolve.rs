@@ -13,6 +13,9 @@ use sluice_dataplane::dns::{Answer, Question, Resolution, Zone};
 use super::{USAGE, get, offline, print, read_config};
 use crate::dns::{Resolved, questions};
 
+/// Where Services are named, unless the configuration says otherwise.
+const DEFAULT_ZONE: &str = "cluster.local";
+
 /// Arguments of `sluice resolve`.
 #[derive(Debug, clap::Args)]
 #[command(
@@ -54,15 +57,13 @@ enum Output {
 /// # Errors
 /// When the configuration, the manifests or the daemon cannot be read.
 pub fn run(args: Args) -> Result<ExitCode> {
+    if let Err(reason) = asked(&args, DEFAULT_ZONE) {
+        eprintln!("sluice: {reason}");
+        return Ok(ExitCode::from(USAGE));
+    }
     let resolved = match args.admin {
         Some(admin) => ask(admin, &args)?,
-        None => match offline(&args)? {
-            Ok(resolved) => resolved,
-            Err(reason) => {
-                eprintln!("sluice: {reason}");
-                return Ok(ExitCode::from(USAGE));
-            }
-        },
+        None => offline(&args)?,
     };
     let text = match args.output {
         Some(Output::Json) => serde_json::to_string(&resolved)?,
@@ -72,20 +73,20 @@ pub fn run(args: Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// The questions that are asked, in a cluster with this zone.
+fn asked(args: &Args, zone: &str) -> Result<Vec<Question>, String> {
+    questions(&args.name, &args.kind, args.from.as_deref(), zone)
+}
+
 /// What the manifests alone say.
-fn offline(args: &Args) -> Result<Result<Resolved, String>> {
+fn offline(args: &Args) -> Result<Resolved> {
     let mut config = read_config(args.config.as_deref())?;
     let dns = config.dns.get_or_insert_default().clone();
-    let manifests = args.manifests.as_deref().context("--manifests or --admin is needed")?;
-    std::fs::metadata(manifests).with_context(|| format!("cannot read {}", manifests.display()))?;
-    let mut publisher = offline::load(config, manifests);
-    for problem in publisher.problems() {
-        eprintln!("{problem}");
-    }
+    let mut publisher = offline::load_and_say(config, args.manifests.as_deref())?;
     let zone = publisher.zone(Timestamp::now()).context("names are not answered")?;
-    let primary = dns.zones.first().map_or("cluster.local", String::as_str).trim_end_matches('.');
-    let questions = questions(&args.name, &args.kind, args.from.as_deref(), primary);
-    Ok(questions.map(|questions| search(&zone, &questions)))
+    let primary = dns.zones.first().map_or(DEFAULT_ZONE, String::as_str).trim_end_matches('.');
+    let questions = asked(args, primary).map_err(anyhow::Error::msg)?;
+    Ok(search(&zone, &questions))
 }
 
 /// The first answer that is one, or else the first of all.
@@ -109,9 +110,8 @@ fn alone(zone: &Zone, question: &Question, rng: &mut Rng) -> Answer {
 
 /// Asks a daemon, which answers as clients are answered.
 fn ask(admin: SocketAddr, args: &Args) -> Result<Resolved> {
-    let mut path = format!("/api/v1/resolve?name={}&type={}", args.name, args.kind);
-    if let Some(namespace) = &args.from {
-        path += &format!("&from={namespace}");
-    }
-    serde_json::from_str(&get::ask(admin, &path)?).context("the daemon's answer is not understood")
+    let from = args.from.as_deref().map(|namespace| ("from", namespace));
+    let parameters = [("name", &*args.name), ("type", &*args.kind)].into_iter().chain(from);
+    let text = get::ask_with(admin, "/api/v1/resolve", parameters)?;
+    serde_json::from_str(&text).context("the daemon's answer is not understood")
 }

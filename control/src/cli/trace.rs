@@ -94,13 +94,7 @@ fn usage(reason: &str) -> ExitCode {
 fn load(args: &Args) -> Result<Arc<RoutingTable>> {
     let mut config = read_config(args.config.as_deref())?;
     config.node_name = args.node_name.clone().or(config.node_name);
-    let manifests = args.manifests.as_deref().context("--manifests or --admin is needed")?;
-    std::fs::metadata(manifests).with_context(|| format!("cannot read {}", manifests.display()))?;
-    let mut publisher = offline::load(config, manifests);
-    for problem in publisher.problems() {
-        eprintln!("{problem}");
-    }
-    Ok(publisher.table())
+    Ok(offline::load_and_say(config, args.manifests.as_deref())?.table())
 }
 
 /// Answers every line of a file of flows with a line of JSON.

@@ -168,6 +168,37 @@ pub struct PortSpec {
     pub hold: Option<Duration>,
 }
 
+impl PortSpec {
+    /// An unnamed port behind a ClusterIP alone, for which its ready endpoints stand; all else as where a Service says nothing.
+    pub fn plain(protocol: Protocol, cluster_ip: SocketAddr, endpoints: Vec<EndpointSpec>) -> Self {
+        let is_ready = |it: &&EndpointSpec| it.condition == Condition::Ready && it.drain.is_none();
+        let ready: Vec<SocketAddr> = endpoints.iter().filter(is_ready).map(|endpoint| endpoint.address).collect();
+        Self {
+            name: String::new(),
+            protocol,
+            number: cluster_ip.port(),
+            family: Family::of(cluster_ip.ip()),
+            cluster_ip: cluster_ip.ip(),
+            node_port: None,
+            load_balancer_ips: Vec::new(),
+            external_ips: Vec::new(),
+            source_ranges: Vec::new(),
+            source_ranges_admit_vips: false,
+            internal_policy: TrafficPolicy::default(),
+            external_policy: TrafficPolicy::default(),
+            affinity: None,
+            balancing: Balancing::default(),
+            has_any_endpoint: !ready.is_empty(),
+            cluster: EndpointList { addresses: ready, why: String::new() },
+            local: EndpointList::default(),
+            endpoints,
+            retry: true,
+            drain_timeout: DrainTimeout::default(),
+            hold: None,
+        }
+    }
+}
+
 /// What the table must know of the node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NodeSpec {

@@ -6,32 +6,15 @@ use std::sync::Arc;
 use super::*;
 use crate::net::Family;
 use crate::table::lifecycle::Cause;
-use crate::table::{Condition, Standing, TrafficPolicy};
+use crate::table::{Condition, Standing};
 
 fn spec(name: &str, created: i64, cluster_ip: &str, endpoints: &[&str]) -> ServiceSpec {
-    let addresses: Vec<SocketAddr> = endpoints.iter().map(|text| text.parse().unwrap()).collect();
+    let endpoints = endpoints.iter().map(|text| EndpointSpec::ready(text.parse().unwrap())).collect();
+    let cluster_ip = SocketAddr::new(cluster_ip.parse().unwrap(), 80);
     let port = PortSpec {
         name: "http".to_owned(),
-        protocol: Protocol::Tcp,
-        number: 80,
-        family: Family::V4,
-        cluster_ip: cluster_ip.parse().unwrap(),
         node_port: Some(30080),
-        load_balancer_ips: Vec::new(),
-        external_ips: Vec::new(),
-        source_ranges: Vec::new(),
-        source_ranges_admit_vips: false,
-        internal_policy: TrafficPolicy::Cluster,
-        external_policy: TrafficPolicy::Cluster,
-        affinity: None,
-        balancing: Default::default(),
-        cluster: EndpointList { addresses: addresses.clone(), why: String::new() },
-        local: EndpointList::default(),
-        has_any_endpoint: !addresses.is_empty(),
-        endpoints: addresses.into_iter().map(EndpointSpec::ready).collect(),
-        retry: true,
-        drain_timeout: Default::default(),
-        hold: None,
+        ..PortSpec::plain(Protocol::Tcp, cluster_ip, endpoints)
     };
     ServiceSpec { name: ServiceName::new("ns", name), created: Some(created), ports: vec![port] }
 }

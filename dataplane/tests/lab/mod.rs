@@ -1,16 +1,16 @@
 //! A node in a network namespace of the calling thread's own.
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, unshare};
-use sluice_dataplane::net::{Family, Protocol};
+use sluice_dataplane::net::Protocol;
 use sluice_dataplane::packet_path::{PacketPath, Settings, Shared, Tun};
 use sluice_dataplane::table::{
-    Balancing, Condition, EndpointList, EndpointSpec, NodeSpec, PortSpec, ServiceName, ServiceSpec, TableBuilder, Uid,
+    Balancing, Condition, EndpointSpec, NodeSpec, PortSpec, ServiceName, ServiceSpec, TableBuilder, Uid,
 };
 
 pub(crate) const VIPS: [&str; 2] = ["10.96.0.10", "fd00:96::10"];
@@ -94,31 +94,10 @@ impl Lab {
 
     /// Serves port 80 of `vip` on these endpoints.
     pub(crate) fn serve(&mut self, vip: &str, endpoints: &[EndpointSpec]) {
-        let cluster_ip: IpAddr = vip.parse().unwrap();
-        let ready = endpoints.iter().filter(|endpoint| endpoint.condition == Condition::Ready);
-        let list = EndpointList { addresses: ready.map(|endpoint| endpoint.address).collect(), why: String::new() };
+        let cluster_ip = SocketAddr::new(vip.parse().unwrap(), 80);
         let port = PortSpec {
-            name: String::new(),
-            protocol: Protocol::Tcp,
-            number: 80,
-            family: Family::of(cluster_ip),
-            cluster_ip,
-            node_port: None,
-            load_balancer_ips: Vec::new(),
-            external_ips: Vec::new(),
-            source_ranges: Vec::new(),
-            source_ranges_admit_vips: false,
-            internal_policy: Default::default(),
-            external_policy: Default::default(),
-            affinity: None,
             balancing: Balancing::RoundRobin,
-            has_any_endpoint: !list.addresses.is_empty(),
-            cluster: list,
-            local: EndpointList::default(),
-            endpoints: endpoints.to_vec(),
-            retry: true,
-            drain_timeout: Default::default(),
-            hold: None,
+            ..PortSpec::plain(Protocol::Tcp, cluster_ip, endpoints.to_vec())
         };
         self.builder.set(ServiceSpec { name: ServiceName::new("ns", vip), created: None, ports: vec![port] });
         self.shared.publish(self.builder.build());

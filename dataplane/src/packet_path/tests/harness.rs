@@ -7,13 +7,11 @@ use std::time::Duration;
 use etherparse::PacketBuilder;
 
 use super::super::{Action, Keeper, Settings, Shared, Worker};
-use crate::net::{Family, Protocol};
+use crate::net::Protocol;
 use crate::packet::checksum;
 use crate::packet::view::{Packet, Tcp, Transport};
 use crate::packet::vnet;
-use crate::table::{
-    Condition, DrainTimeout, EndpointList, EndpointSpec, NodeSpec, PortSpec, ServiceName, ServiceSpec, TableBuilder,
-};
+use crate::table::{DrainTimeout, EndpointSpec, NodeSpec, PortSpec, ServiceName, ServiceSpec, TableBuilder};
 
 pub(super) const CLIENT: &str = "10.244.0.9:40000";
 pub(super) const FRONTEND: &str = "10.96.0.10:80";
@@ -62,31 +60,14 @@ impl Path {
 
     /// The same with endpoints in any condition; new flows are for the ready ones.
     pub(super) fn serve_all(&mut self, protocol: Protocol, endpoints: Vec<EndpointSpec>) {
-        let is_ready = |endpoint: &&EndpointSpec| endpoint.condition == Condition::Ready && endpoint.drain.is_none();
-        let addresses: Vec<SocketAddr> = endpoints.iter().filter(is_ready).map(|endpoint| endpoint.address).collect();
-        let list = EndpointList { addresses, why: String::new() };
         let port = PortSpec {
-            name: String::new(),
-            protocol,
-            number: 80,
-            family: Family::V4,
-            cluster_ip: socket(FRONTEND).ip(),
             node_port: Some(30080),
-            load_balancer_ips: Vec::new(),
-            external_ips: Vec::new(),
-            source_ranges: Vec::new(),
-            source_ranges_admit_vips: false,
-            internal_policy: Default::default(),
-            external_policy: Default::default(),
             affinity: self.affinity,
-            balancing: Default::default(),
-            cluster: list,
-            local: EndpointList::default(),
             has_any_endpoint: !endpoints.is_empty(),
-            endpoints,
             retry: self.retry,
             drain_timeout: DrainTimeout::After(Duration::from_secs(60)),
             hold: self.hold,
+            ..PortSpec::plain(protocol, socket(FRONTEND), endpoints)
         };
         self.builder.set(ServiceSpec { name: ServiceName::new("a", "b"), created: None, ports: vec![port] });
         self.shared.publish(self.builder.build());
