@@ -347,8 +347,7 @@ impl Daemon {
     /// second look.
     fn retire(&mut self) -> Result<()> {
         for _ in 0..2 {
-            let flows = self.state.shared.flows();
-            self.host.retire(flows.map(|flow| (flow.protocol, flow.client, flow.frontend)))?;
+            self.host.retire(self.state.shared.flows())?;
         }
         Ok(())
     }

@@ -329,7 +329,8 @@ impl Cluster {
         ] {
             text += &self.output("ip", arguments)?;
         }
-        text += &self.output("nft", &["list", "ruleset"])?;
+        // Without counters: any packet of the host moves those of others' rules.
+        text += &self.output("nft", &["-s", "list", "ruleset"])?;
         for setting in ["ip_local_reserved_ports", "tcp_early_demux"] {
             let path = format!("/proc/sys/net/ipv4/{setting}");
             text += &self.topology.node.run(|| Ok(fs::read_to_string(path)?))?;

@@ -14,8 +14,17 @@ use super::conntrack::Direction;
 pub(super) struct HandOver {
     /// Another proxy's, with connection tracking; both directions.
     pub(super) carried: BTreeSet<Direction>,
-    /// Ours, when all new ones are another's; from clients.
-    pub(super) ours: Option<BTreeSet<Direction>>,
+    /// Ours, when all new ones are another's.
+    pub(super) ours: Option<Ours>,
+}
+
+/// Connections of ours that another proxy must leave alone.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Ours {
+    /// From clients.
+    pub(super) clients: BTreeSet<Direction>,
+    /// To endpoints, masqueraded: these ports are taken, which connection tracking does not know.
+    pub(super) masqueraded: BTreeSet<Direction>,
 }
 
 impl HandOver {
@@ -26,7 +35,7 @@ impl HandOver {
 
     /// Rules that take packets of our connections out of it, when no others are ours.
     pub(super) fn take(&self) -> Option<Vec<String>> {
-        self.ours.as_ref().map(|ours| rules(ours, "ours", "notrack accept"))
+        self.ours.as_ref().map(|ours| rules(&ours.clients, "ours", "notrack accept"))
     }
 
     /// The same for packets of the host itself.
@@ -41,7 +50,10 @@ impl HandOver {
     /// are gone.
     pub(super) fn sets_and_chains(&self) -> String {
         let mut text = sets(&self.carried, "carried");
-        text += &self.ours.as_ref().map(|ours| sets(ours, "ours")).unwrap_or_default();
+        if let Some(ours) = &self.ours {
+            text += &(sets(&ours.clients, "ours") + &sets(&ours.masqueraded, "taken"));
+            text += &leave_alone(&ours.masqueraded);
+        }
         if self.carried.is_empty() {
             return text;
         }
@@ -53,6 +65,18 @@ impl HandOver {
         }
         text
     }
+}
+
+/// A connection that was given the port of one of ours towards an endpoint would never be answered. Before it is entered, connection
+/// tracking can still forget it: the client's next SYN gets another port.
+fn leave_alone(taken: &BTreeSet<Direction>) -> String {
+    let mut text =
+        "  chain leave_alone {\n    type filter hook postrouting priority srcnat + 10; policy accept;\n".to_owned();
+    let _ = writeln!(text, "    iif \"{LINK}\" accept");
+    for rule in rules(taken, "taken", "drop") {
+        let _ = writeln!(text, "    {rule}");
+    }
+    text + "  }\n"
 }
 
 fn rules(connections: &BTreeSet<Direction>, set: &str, verdict: &str) -> Vec<String> {

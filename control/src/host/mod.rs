@@ -4,16 +4,16 @@
 //! removed by [`clean_up`]. Order of set-up: link, nftables, routes, then the rules that send packets our way.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::process::Command;
 
 use tokio::task::JoinHandle;
 
 use crate::config::PortRange;
 use conntrack::Direction;
-use hand_over::HandOver;
+use hand_over::{HandOver, Ours};
 pub use plan::Plan;
-use sluice_dataplane::net::Protocol;
+use sluice_dataplane::flow::FlowView;
 
 mod conntrack;
 mod hand_over;
@@ -127,9 +127,13 @@ impl Host {
         Ok(changes)
     }
 
-    /// Leaves new connections to another service proxy: only these flows, from client to frontend, are ours from now on.
-    pub fn retire(&mut self, flows: impl Iterator<Item = (Protocol, SocketAddr, SocketAddr)>) -> anyhow::Result<()> {
-        let ours = flows.map(|(protocol, from, to)| Direction { protocol, from, to }).collect();
+    /// Leaves new connections to another service proxy: only these flows are ours from now on.
+    pub fn retire(&mut self, flows: impl Iterator<Item = FlowView>) -> anyhow::Result<()> {
+        let mut ours = Ours::default();
+        for FlowView { protocol, client, frontend, endpoint, masquerade, .. } in flows {
+            ours.clients.insert(Direction { protocol, from: client, to: frontend });
+            ours.masqueraded.extend(masquerade.map(|from| Direction { protocol, from, to: endpoint }));
+        }
         if self.hand_over.ours.as_ref() != Some(&ours) {
             self.hand_over.ours = Some(ours);
             self.table = nft::apply(&self.plan, &self.noted, &self.hand_over)?;
