@@ -98,8 +98,6 @@ fn the_program_knows_every_argument_and_key() {
         let container = &find(&objects, "DaemonSet")["spec"]["template"]["spec"]["containers"][0];
         let arguments: Vec<&str> =
             container["args"].as_array().unwrap().iter().map(|argument| argument.as_str().unwrap()).collect();
-        // Comes with the take-over of surging Pods.
-        let arguments = arguments.iter().filter(|argument| **argument != "--linger");
         let run = Command::new(sluice_binary()).args(arguments).arg("--no-such-flag").output().unwrap();
         let said = String::from_utf8_lossy(&run.stderr);
         assert!(said.contains("unexpected argument '--no-such-flag'"), "{overlay}: {said}");
