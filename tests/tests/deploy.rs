@@ -14,6 +14,7 @@ use serde_json::Value;
 use sluice_bench::client::{Target, ask};
 use sluice_bench::link::{LinkConfig, configure};
 use sluice_bench::netns::NetNs;
+use sluice_tests::apply;
 use sluice_tests::cluster::{Cluster, SOON};
 use sluice_tests::control_plane::{self, ControlPlane};
 use sluice_tests::kube_proxy::has_tool;
@@ -34,8 +35,7 @@ fn folder(name: &str) -> PathBuf {
 }
 
 fn objects(text: &str) -> Vec<Value> {
-    let documents: Vec<Value> = serde_saphyr::from_multiple(text).unwrap();
-    documents.into_iter().filter(|document| !document.is_null()).collect()
+    apply::documents(text).unwrap()
 }
 
 fn kustomize(name: &str) -> Vec<Value> {
