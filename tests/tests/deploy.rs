@@ -140,6 +140,17 @@ fn normal(object: &Value) -> (String, Value) {
 }
 
 #[test]
+fn what_the_systemd_unit_does_not_allow_is_refused_and_ends_nothing() {
+    let unit = std::fs::read_to_string(folder("systemd/sluice.service")).unwrap();
+    let value = |key: &str| unit.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+    assert!(value("SystemCallFilter").is_some());
+    // Without it systemd ends the daemon for bpf(2), which it tries where it has several packet threads.
+    assert_eq!(value("SystemCallErrorNumber"), Some("EPERM"));
+    // The second for port 53.
+    assert_eq!(value("CapabilityBoundingSet"), Some("CAP_NET_ADMIN CAP_NET_BIND_SERVICE"));
+}
+
+#[test]
 fn helm_and_kustomize_make_the_same_objects() {
     const WHAT: &str = "the Helm chart";
     let helm = std::env::var("HELM").unwrap_or_else(|_| "helm".to_owned());
