@@ -16,18 +16,18 @@ const PAUSE: Duration = Duration::from_millis(20);
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A Service with a ClusterIP, and its clients.
-pub struct Dialled {
+pub(crate) struct Dialled {
     /// The object.
-    pub service: Value,
+    pub(crate) service: Value,
     /// What clients met so far.
-    pub tally: Tally,
+    pub(crate) tally: Tally,
     places: Vec<(NetNs, Vec<Target>)>,
     loads: Vec<Load>,
 }
 
 impl Dialled {
     /// ClusterIPs are dialled from a Pod, node ports and load balancers from outside.
-    pub fn new(service: Value, node: &[IpAddr], pod: &NetNs, outside: &NetNs) -> Self {
+    pub(crate) fn new(service: Value, node: &[IpAddr], pod: &NetNs, outside: &NetNs) -> Self {
         let (mut inner, mut outer) = (Vec::new(), Vec::new());
         let addresses = |list: &Value, field: Option<&str>| -> Vec<IpAddr> {
             let texts = items(list).map(|item| text(field.map_or(item, |field| &item[field])));
@@ -54,12 +54,12 @@ impl Dialled {
     }
 
     /// How many addresses and ports there are to dial.
-    pub fn targets(&self) -> usize {
+    pub(crate) fn targets(&self) -> usize {
         self.places.iter().map(|(_, targets)| targets.len()).sum()
     }
 
     /// From now on it is dialled all the time, by a client in each place.
-    pub fn start(&mut self) -> Result<()> {
+    pub(crate) fn start(&mut self) -> Result<()> {
         for (place, targets) in self.places.iter().filter(|(_, targets)| !targets.is_empty()) {
             let plan = Plan { concurrency: 1, pause: PAUSE, timeout: PATIENCE, ..Plan::new(targets.clone()) };
             self.loads.push(Load::start(place, &plan)?);
@@ -68,12 +68,12 @@ impl Dialled {
     }
 
     /// Whether it is.
-    pub fn is_dialled(&self) -> bool {
+    pub(crate) fn is_dialled(&self) -> bool {
         !self.loads.is_empty()
     }
 
     /// No longer. An error tells what failed until now.
-    pub fn stop(&mut self) -> Result<()> {
+    pub(crate) fn stop(&mut self) -> Result<()> {
         for load in self.loads.drain(..) {
             self.tally.merge(&load.stop());
         }
@@ -82,7 +82,7 @@ impl Dialled {
     }
 
     /// Dials each once: an answer is wanted, or where nothing is there to give one, a refusal.
-    pub fn try_each(&self, is_served: bool) -> Result<()> {
+    pub(crate) fn try_each(&self, is_served: bool) -> Result<()> {
         for (place, targets) in &self.places {
             let results =
                 place.run(|| Ok(targets.iter().map(|to| (*to, ask(*to, PATIENCE).result)).collect::<Vec<_>>()));

@@ -7,7 +7,7 @@ use serde_json::Value;
 use sluice_tests::control_plane::ControlPlane;
 
 /// A moment's objects.
-pub struct Truth {
+pub(crate) struct Truth {
     workloads: Vec<Value>,
     pods: Vec<Value>,
     services: Vec<Value>,
@@ -16,7 +16,7 @@ pub struct Truth {
 
 impl Truth {
     /// Asks for all of them.
-    pub fn read(plane: &ControlPlane) -> Result<Self> {
+    pub(crate) fn read(plane: &ControlPlane) -> Result<Self> {
         let list = |path: &str| -> Result<Vec<Value>> {
             let mut list = plane.get(path)?;
             let items = list["items"].as_array_mut().with_context(|| format!("{path} has no items"))?;
@@ -33,7 +33,7 @@ impl Truth {
     }
 
     /// What is still to be done by controllers or kubelet; `None`: nothing.
-    pub fn unrest(&self) -> Option<String> {
+    pub(crate) fn unrest(&self) -> Option<String> {
         let wanted: u64 = self.workloads.iter().filter_map(|it| it["spec"]["replicas"].as_u64()).sum();
         if let Some(workload) = self.workloads.iter().find(|workload| !is_settled(workload)) {
             return Some(format!("{}: {}", name(workload), workload["status"]));
@@ -51,7 +51,7 @@ impl Truth {
     }
 
     /// Ready endpoints of all Services that have a ClusterIP, as `NAMESPACE/SERVICE PORT-NAME/PROTOCOL ADDRESS:PORT`.
-    pub fn endpoints(&self) -> BTreeSet<String> {
+    pub(crate) fn endpoints(&self) -> BTreeSet<String> {
         let mut all = BTreeSet::new();
         for service in self.services.iter().filter(|service| service["spec"]["clusterIP"] != "None") {
             for slice in self.slices_of(service) {
@@ -98,24 +98,24 @@ impl Truth {
 }
 
 /// Whether a selector is for these labels; none, or an empty one, is for nothing.
-pub fn selects(selector: &Value, labels: &Value) -> bool {
+pub(crate) fn selects(selector: &Value, labels: &Value) -> bool {
     selector
         .as_object()
         .is_some_and(|selector| !selector.is_empty() && selector.iter().all(|(label, value)| labels[label] == *value))
 }
 
 /// `NAMESPACE/NAME`.
-pub fn name(object: &Value) -> String {
+pub(crate) fn name(object: &Value) -> String {
     format!("{}/{}", text(&object["metadata"]["namespace"]), text(&object["metadata"]["name"]))
 }
 
 /// The items of a list, which may be missing.
-pub fn items(list: &Value) -> impl Iterator<Item = &Value> {
+pub(crate) fn items(list: &Value) -> impl Iterator<Item = &Value> {
     list.as_array().into_iter().flatten()
 }
 
 /// A text, which may be missing.
-pub fn text(value: &Value) -> &str {
+pub(crate) fn text(value: &Value) -> &str {
     value.as_str().unwrap_or_default()
 }
 
