@@ -37,6 +37,8 @@ pub struct Worker {
     pub(super) thread: usize,
     pub(super) rng: fastrand::Rng,
     pub(super) answer: Box<[u8; vnet::LEN + reply::LIMIT]>,
+    /// The message that answers a question, while its packet is made.
+    pub(super) name_answer: Vec<u8>,
     /// Clients may wait for a first endpoint; when not, they have waited.
     pub(super) holds: bool,
 }
@@ -51,6 +53,7 @@ impl Worker {
             thread,
             rng: fastrand::Rng::with_seed(seed),
             answer: Box::new([0; vnet::LEN + reply::LIMIT]),
+            name_answer: Vec::with_capacity(reply::LIMIT),
             holds: true,
         }
     }
@@ -76,7 +79,10 @@ impl Worker {
         let packet = Packet::parse(bytes).map_err(Drop::Malformed)?;
         match packet.transport {
             Transport::Tcp(tcp) => self.of_flow(bytes, &packet, Protocol::Tcp, Some(tcp), partial, now_ms),
-            Transport::Udp => self.of_flow(bytes, &packet, Protocol::Udp, None, partial, now_ms),
+            Transport::Udp => match self.answer_name(header, bytes, &packet) {
+                Some(action) => Ok(action),
+                None => self.of_flow(bytes, &packet, Protocol::Udp, None, partial, now_ms),
+            },
             Transport::Sctp => self.of_flow(bytes, &packet, Protocol::Sctp, None, partial, now_ms),
             Transport::Icmp(kind) if icmp::is_error(packet.family, kind) => self.icmp_error(bytes, &packet, now_ms),
             Transport::Icmp(_) | Transport::Other => self.without_ports(bytes, &packet),
