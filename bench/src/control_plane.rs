@@ -19,6 +19,9 @@ const ADMIN: [&str; 2] = ["--oauth2-bearer", "admin-token"];
 /// Most that a program of it may take to get ready; two cores are shared with other tests.
 const READY: Duration = Duration::from_secs(120);
 
+/// Objects that are created by one program.
+const AT_A_TIME: usize = 1000;
+
 /// etcd, kube-apiserver and, where wanted, kube-controller-manager. Dropping it ends them.
 #[derive(Debug)]
 pub struct ControlPlane {
@@ -131,6 +134,34 @@ impl ControlPlane {
         if object.get("status").is_some() {
             let patch = json!({"status": object["status"]});
             self.patch_status(object, &patch)?;
+        }
+        Ok(())
+    }
+
+    /// Creates many objects without status, several at a time.
+    pub fn create_all(&self, objects: impl IntoIterator<Item = Value>) -> Result<()> {
+        let certificate = self.certificate().display().to_string();
+        let quoted = |text: &str| text.replace('\\', "\\\\").replace('"', "\\\"");
+        let mut objects = objects.into_iter().peekable();
+        while objects.peek().is_some() {
+            let mut requests = Vec::new();
+            for object in objects.by_ref().take(AT_A_TIME) {
+                let url = format!("https://{}:6443{}", self.address, collection(&object)?);
+                requests.push(format!(
+                    "silent\nshow-error\nfail\nmax-time = 30\noutput = /dev/null\ncacert = \"{}\"\noauth2-bearer = admin-token\n\
+                     header = \"Content-Type: application/json\"\nurl = \"{url}\"\ndata = \"{}\"\n",
+                    quoted(&certificate),
+                    quoted(&object.to_string()),
+                ));
+            }
+            let file = self.folder.path().join("requests.curl");
+            std::fs::write(&file, requests.join("next\n"))?;
+            let file = file.display().to_string();
+            let mut command = self.ns.command("curl");
+            let output =
+                command.args(["--parallel", "--parallel-max", "16", "--fail-early", "--config", &file]).output()?;
+            let error = String::from_utf8_lossy(&output.stderr);
+            ensure!(output.status.success(), "{} objects: {error}", requests.len());
         }
         Ok(())
     }

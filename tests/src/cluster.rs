@@ -166,8 +166,14 @@ impl Cluster {
 
     /// Starts the daemon and waits until it serves.
     pub fn start(&mut self) -> Result<()> {
-        self.daemon = Some(self.spawn()?);
+        self.begin()?;
         self.wait_until_served()
+    }
+
+    /// Starts the daemon, which may not get to serve yet.
+    pub fn begin(&mut self) -> Result<()> {
+        self.daemon = Some(self.spawn()?);
+        Ok(())
     }
 
     /// The daemon of the state directory `state`; the log goes on from that of the last one.
@@ -176,7 +182,8 @@ impl Cluster {
         Ok(self.run_command("state").stderr(log).stdout(Stdio::null()).spawn()?)
     }
 
-    fn wait_until_served(&mut self) -> Result<()> {
+    /// Waits until a daemon that was begun serves.
+    pub fn wait_until_served(&mut self) -> Result<()> {
         let deadline = Instant::now() + SOON;
         while self.generation().is_err() {
             if let Some(status) = self.daemon.as_mut().and_then(|daemon| daemon.try_wait().transpose()) {

@@ -14,6 +14,7 @@ use serde_json::Value;
 use sluice_bench::client::{Target, ask};
 use sluice_bench::link::{LinkConfig, configure};
 use sluice_bench::netns::NetNs;
+use sluice_control::config::Config;
 use sluice_tests::apply;
 use sluice_tests::cluster::{Cluster, SOON};
 use sluice_tests::control_plane::{self, ControlPlane};
@@ -108,6 +109,37 @@ fn the_program_knows_every_argument_and_key() {
         let check =
             Command::new(sluice_binary()).arg("check").arg(manifests).arg("--config").arg(&file).output().unwrap();
         assert!(check.status.success(), "{overlay}: {check:?}");
+    }
+}
+
+#[test]
+fn with_dns_names_are_answered() {
+    const WHAT: &str = "names in the manifests";
+    if !has_kubectl(WHAT) {
+        return;
+    }
+    for overlay in OVERLAYS {
+        let objects = kustomize(overlay);
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), find(&objects, "ConfigMap")["data"]["sluice.yaml"].as_str().unwrap()).unwrap();
+        let (config, _) = Config::read(file.path()).unwrap();
+        let container = &find(&objects, "DaemonSet")["spec"]["template"]["spec"]["containers"][0];
+        let says = |list: &Value, word: &str| list.as_array().unwrap().iter().any(|item| item == word);
+        let is_with_dns = overlay == "overlays/with-dns";
+        assert_eq!(config.dns.is_some(), is_with_dns, "{overlay}");
+        // Its --config is kube-proxy's.
+        assert_eq!(says(&container["args"], "--dns-config=/etc/sluice/sluice.yaml"), is_with_dns, "{overlay}");
+        let capabilities = &container["securityContext"]["capabilities"]["add"];
+        assert_eq!(says(capabilities, "NET_BIND_SERVICE"), is_with_dns, "{overlay}");
+        if let Some(dns) = config.dns {
+            assert_eq!(dns.listen, ["169.254.20.10:53".parse().unwrap()]);
+            assert_eq!(dns.service.as_deref(), Some("kube-system/kube-dns"));
+            // Names of a namespace that is not there do not exist.
+            assert!(objects.iter().any(|object| {
+                let rules = object["rules"].as_array().into_iter().flatten();
+                object["kind"] == "ClusterRole" && rules.into_iter().any(|rule| says(&rule["resources"], "namespaces"))
+            }));
+        }
     }
 }
 
