@@ -286,7 +286,7 @@ fn quick_answers_are_the_same() {
     let mut virtual_one = headless("virtual", 2);
     virtual_one.stands =
         Stands::Endpoints { instead: vec!["240.241.0.7".parse().unwrap(), "fd00::7".parse().unwrap()] };
-    let services = [headless("db", 30), headless("none", 0), virtual_one];
+    let services = [headless("db", 8), headless("none", 0), virtual_one, headless("big", 255)];
     let mut rng = Rng::with_seed(5);
     let zones = [zone(&services), Arc::new(Zone::unknown(spec()))];
     for (name, is_quick) in [
@@ -313,6 +313,8 @@ fn quick_answers_are_the_same() {
         }
         assert!(!same_quickly(&zones[0], &message(name, RecordType::SRV, None), &mut rng), "{name}");
     }
+    let too_long = message("big.ns.svc.cluster.local.", RecordType::A, Some(4096));
+    assert_eq!(zones[0].quick(&too_long, Transport::Udp, true, &mut rng, &mut Vec::new()), None);
 }
 
 /// Questions with a bit, a byte or a length changed, cut or grown: nothing panics, and no answer exceeds its bound.
