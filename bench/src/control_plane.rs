@@ -3,11 +3,13 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 
+use crate::api_client::ApiClient;
 use crate::netns::NetNs;
 
 /// Most that a program of it may take to get ready; two cores are shared with other tests.
@@ -22,13 +24,14 @@ pub struct ControlPlane {
     etcd: Child,
     api_server: Option<Child>,
     controllers: Option<Child>,
+    client: OnceLock<ApiClient>,
 }
 
 /// What of these programs and of the tools around them is missing, in words; `None`: nothing.
 #[must_use]
 pub fn missing(programs: &[&str]) -> Option<String> {
     let has_tool = |tool: &&str| Command::new(tool).arg("--version").output().is_ok();
-    let tool = ["etcd", "curl", "openssl"].into_iter().find(|tool| !has_tool(tool));
+    let tool = ["etcd", "openssl"].into_iter().find(|tool| !has_tool(tool));
     let is_built = |program: &&str| folder().join(program).exists();
     let missing = programs.iter().copied().find(|program| !is_built(program)).or(tool);
     missing.map(|program| format!("{program} is missing (scripts/kube/build)"))
@@ -56,7 +59,9 @@ impl ControlPlane {
     pub fn start(ns: NetNs, address: &str) -> Result<Self> {
         let folder = tempfile::tempdir().context("a folder for the control plane")?;
         let etcd = spawn(&ns, folder.path(), address, "etcd", &[])?;
-        let mut plane = Self { ns, address: address.to_owned(), folder, etcd, api_server: None, controllers: None };
+        let address = address.to_owned();
+        let client = OnceLock::new();
+        let mut plane = Self { ns, address, folder, etcd, api_server: None, controllers: None, client };
         plane.start_api_server()?;
         Ok(plane)
     }
@@ -135,6 +140,11 @@ impl ControlPlane {
         Ok(serde_json::from_str(&self.request("GET", path, None)?)?)
     }
 
+    /// Puts an object in the place of what there is.
+    pub fn replace(&self, object: &Value) -> Result<()> {
+        self.request("PUT", &path(object)?, Some(object)).map(drop)
+    }
+
     /// Changes an object by a merge patch.
     pub fn patch(&self, object: &Value, patch: &Value) -> Result<()> {
         self.request("PATCH", &path(object)?, Some(patch)).map(drop)
@@ -154,7 +164,7 @@ impl ControlPlane {
     pub fn compact(&self) -> Result<()> {
         let ask = |path: &str, body: Value| -> Result<Value> {
             let url = format!("http://127.0.0.1:2379{path}");
-            let answer = self.curl(&["--data", &body.to_string(), &url])?;
+            let answer = self.ns.run(|| Ok(ureq::post(&url).send(body.to_string())?.body_mut().read_to_string()?))?;
             serde_json::from_str(&answer).context(answer)
         };
         let revision = ask("/v3/kv/range", json!({"key": "YQ=="}))?["header"]["revision"].clone();
@@ -163,24 +173,17 @@ impl ControlPlane {
 
     /// A request by an administrator; the answer.
     fn request(&self, method: &str, path: &str, body: Option<&Value>) -> Result<String> {
-        let kind = if method == "PATCH" { "application/merge-patch+json" } else { "application/json" };
-        let (certificate, kind) = (self.certificate().display().to_string(), format!("Content-Type: {kind}"));
-        let url = format!("https://{}:6443{path}", self.address);
-        let mut arguments = vec!["--cacert", &certificate, "--oauth2-bearer", "admin-token", "-H", &kind, "-X", method];
-        let body = body.map(Value::to_string);
-        if let Some(body) = &body {
-            arguments.extend(["--data", body]);
-        }
-        arguments.push(&url);
-        self.curl(&arguments)
+        self.client()?.request(method, path, body)
     }
 
-    fn curl(&self, arguments: &[&str]) -> Result<String> {
-        let mut command = self.ns.command("curl");
-        let output = command.args(["-sS", "--fail-with-body", "--max-time", "30"]).args(arguments).output()?;
-        let (answer, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-        ensure!(output.status.success(), "{arguments:?}: {error} {answer}");
-        Ok(answer.into_owned())
+    /// An administrator's way to the API server.
+    pub fn client(&self) -> Result<&ApiClient> {
+        if let Some(client) = self.client.get() {
+            return Ok(client);
+        }
+        // The API server makes its certificate when it starts first.
+        let client = ApiClient::new(self.ns.clone(), &self.address, &self.certificate())?;
+        Ok(self.client.get_or_init(|| client))
     }
 
     /// The end of what a program has written to its log.
@@ -209,7 +212,7 @@ fn spawn(ns: &NetNs, folder: &Path, address: &str, program: &str, flags: &[&str]
 }
 
 /// Where objects of its kind are.
-fn collection(object: &Value) -> Result<String> {
+pub fn collection(object: &Value) -> Result<String> {
     let version = object["apiVersion"].as_str().context("apiVersion")?;
     let root = if version == "v1" { "/api" } else { "/apis" };
     let kind = object["kind"].as_str().context("kind")?.to_lowercase();
@@ -219,6 +222,7 @@ fn collection(object: &Value) -> Result<String> {
     })
 }
 
-fn path(object: &Value) -> Result<String> {
+/// Where an object is.
+pub fn path(object: &Value) -> Result<String> {
     Ok(format!("{}/{}", collection(object)?, object["metadata"]["name"].as_str().context("metadata.name")?))
 }

@@ -41,11 +41,11 @@ pub(crate) const NODE_PORT: u16 = 30010;
 
 /// The environment lacks something.
 #[derive(Debug)]
-pub(crate) struct Lacking(&'static str);
+pub(crate) struct Lacking(pub(crate) String);
 
 impl std::fmt::Display for Lacking {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.0)
+        f.write_str(&self.0)
     }
 }
 
@@ -75,7 +75,7 @@ impl Lab {
     pub(crate) fn bare() -> Result<Self> {
         ensure!(
             is_privileged(),
-            Lacking("it makes network namespaces: it needs CAP_SYS_ADMIN and CAP_NET_ADMIN (root)")
+            Lacking("it makes network namespaces: it needs CAP_SYS_ADMIN and CAP_NET_ADMIN (root)".to_owned())
         );
         let topology = Topology::new(TopologyConfig::default())?;
         // A proxy on the node dials Pods from here; above are the ports that Sluice masquerades with.

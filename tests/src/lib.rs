@@ -1,12 +1,14 @@
 //! Helpers of the whole-program tests: they drive the built programs from outside, as a user would.
 
 pub mod api_cluster;
+pub mod beside;
 pub mod cluster;
 pub mod control_plane;
 pub mod dns;
 pub mod fake_api;
 pub mod http;
 pub mod kube_proxy;
+pub mod kube_proxy_rules;
 pub mod lab;
 pub mod manifests;
 pub mod naive;
@@ -16,6 +18,7 @@ pub mod relay;
 pub mod sctp;
 pub mod stage;
 pub mod talk;
+pub mod world;
 
 use std::path::PathBuf;
 

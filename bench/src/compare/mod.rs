@@ -4,7 +4,7 @@ mod chart;
 mod flows;
 mod hop;
 pub(crate) mod html;
-mod kube_proxy;
+pub(crate) mod kube_proxy;
 mod nft;
 mod peer;
 mod proxy;

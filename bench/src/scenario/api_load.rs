@@ -1,0 +1,106 @@
+//! Objects at a real API server: many are written at once, and one is watched for when it comes.
+
+use std::collections::BTreeMap;
+use std::io::BufRead as _;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::mpsc::{Receiver, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use serde_json::Value;
+use sluice_bench::api_client::ApiClient;
+use sluice_bench::control_plane::{collection, path};
+
+use crate::manifests::Others;
+use crate::progress::Line;
+
+/// Requests at a time.
+const WRITERS: usize = 8;
+
+/// Writes Services and their slices, several at a time. How long that took.
+pub(super) fn write(client: &ApiClient, others: &Others, line: &mut Line) -> Result<Duration> {
+    let begun = Instant::now();
+    let next = AtomicUsize::new(0);
+    let work = || -> Result<()> {
+        client.namespace().enter()?;
+        loop {
+            let index = next.fetch_add(1, Relaxed);
+            if index >= others.services {
+                return Ok(());
+            }
+            for object in others.objects(index) {
+                client.request_here("POST", &collection(&object)?, Some(&object))?;
+            }
+        }
+    };
+    thread::scope(|scope| {
+        let writers: Vec<_> = (0..WRITERS).map(|_| scope.spawn(work)).collect();
+        while writers.iter().any(|writer| !writer.is_finished()) {
+            line.doing(&format!(
+                "writing: {} of {} Services",
+                next.load(Relaxed).min(others.services),
+                others.services
+            ));
+            thread::sleep(Duration::from_millis(100));
+        }
+        writers
+            .into_iter()
+            .try_for_each(|writer| writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    })?;
+    Ok(begun.elapsed())
+}
+
+/// Puts an object in place. When the API server said so, and the version it has now.
+pub(super) fn replace(client: &ApiClient, object: &Value) -> Result<(Instant, String)> {
+    client.namespace().run(|| {
+        let answer = client.request_here("PUT", &path(object)?, Some(object))?;
+        let accepted = Instant::now();
+        Ok((accepted, version(&serde_json::from_str(&answer)?).context("an object has a version")?))
+    })
+}
+
+fn version(object: &Value) -> Option<String> {
+    object["metadata"]["resourceVersion"].as_str().map(str::to_owned)
+}
+
+/// A watch of our own on one object: what the API server alone takes to tell of a change.
+pub(super) struct Watch {
+    events: Receiver<(Instant, String)>,
+    seen: BTreeMap<String, Instant>,
+}
+
+impl Watch {
+    /// Watches this object until the API server ends.
+    pub(super) fn start(client: &ApiClient, object: &Value) -> Result<Self> {
+        let name = object["metadata"]["name"].as_str().context("a name")?;
+        let path =
+            format!("{}?watch=true&fieldSelector=metadata.name%3D{name}&timeoutSeconds=86400", collection(object)?);
+        let (client, (sender, events)) = (client.clone(), channel());
+        let body = move || {
+            let lines = client.namespace().enter().and_then(|()| client.lines_here(&path));
+            let Ok(lines) = lines.inspect_err(|error| eprintln!("the watch of our own: {error:#}")) else { return };
+            // It ends with the API server.
+            for line in lines.lines().map_while(Result::ok) {
+                let now = Instant::now();
+                let event: Value = serde_json::from_str(&line).unwrap_or_default();
+                if version(&event["object"]).is_some_and(|version| sender.send((now, version)).is_err()) {
+                    return;
+                }
+            }
+        };
+        thread::Builder::new().name("watch".to_owned()).spawn(body).context("cannot start a thread")?;
+        Ok(Self { events, seen: BTreeMap::new() })
+    }
+
+    /// When the object came in this version.
+    pub(super) fn when(&mut self, version: &str, patience: Duration) -> Result<Instant> {
+        let deadline = Instant::now() + patience;
+        while !self.seen.contains_key(version) {
+            let wait = deadline.saturating_duration_since(Instant::now());
+            let (at, version) = self.events.recv_timeout(wait).context("the watch of our own tells nothing")?;
+            self.seen.insert(version, at);
+        }
+        Ok(self.seen[version])
+    }
+}
