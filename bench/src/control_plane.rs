@@ -3,7 +3,8 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -12,8 +13,17 @@ use serde_json::{Value, json};
 use crate::api_client::ApiClient;
 use crate::netns::NetNs;
 
+/// Controllers that it runs: those that make Pods of workloads and EndpointSlices of Pods, and what they build on.
+const CONTROLLERS: &str = "--controllers=deployment-controller,replicaset-controller,statefulset-controller,\
+    daemonset-controller,endpointslice-controller,endpointslice-mirroring-controller,namespace-controller,\
+    serviceaccount-controller,garbage-collector-controller";
+/// How an administrator tells who they are.
+const ADMIN: [&str; 2] = ["--oauth2-bearer", "admin-token"];
 /// Most that a program of it may take to get ready; two cores are shared with other tests.
 const READY: Duration = Duration::from_secs(120);
+
+/// Requests at a time where many objects are created.
+const WRITERS: usize = 8;
 
 /// etcd, kube-apiserver and, where wanted, kube-controller-manager. Dropping it ends them.
 #[derive(Debug)]
@@ -31,7 +41,7 @@ pub struct ControlPlane {
 #[must_use]
 pub fn missing(programs: &[&str]) -> Option<String> {
     let has_tool = |tool: &&str| Command::new(tool).arg("--version").output().is_ok();
-    let tool = ["etcd", "openssl"].into_iter().find(|tool| !has_tool(tool));
+    let tool = ["etcd", "curl", "openssl"].into_iter().find(|tool| !has_tool(tool));
     let is_built = |program: &&str| folder().join(program).exists();
     let missing = programs.iter().copied().find(|program| !is_built(program)).or(tool);
     missing.map(|program| format!("{program} is missing (scripts/kube/build)"))
@@ -88,10 +98,9 @@ impl ControlPlane {
         Ok(())
     }
 
-    /// Starts the controllers that make EndpointSlices of Pods.
+    /// Starts the controllers that make Pods of workloads and EndpointSlices of Pods.
     pub fn start_controllers(&mut self) -> Result<()> {
-        let controllers = "--controllers=endpointslice-controller,serviceaccount-controller";
-        let flags = [controllers, "--allocate-node-cidrs=false"];
+        let flags = [CONTROLLERS, "--allocate-node-cidrs=false", "--kube-api-qps=200", "--kube-api-burst=400"];
         let program = "kube-controller-manager";
         self.controllers = Some(spawn(&self.ns, self.folder.path(), &self.address, program, &flags)?);
         // Without its service account no Pod is accepted.
@@ -135,6 +144,24 @@ impl ControlPlane {
         Ok(())
     }
 
+    /// Creates many objects without status, several at a time.
+    pub fn create_all(&self, objects: impl IntoIterator<Item = Value, IntoIter: Send>) -> Result<()> {
+        let client = self.client()?;
+        let objects = Mutex::new(objects.into_iter());
+        let next = || objects.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let work = || -> Result<()> {
+            client.namespace().enter()?;
+            while let Some(object) = next() {
+                client.request_here("POST", &collection(&object)?, Some(&object))?;
+            }
+            Ok(())
+        };
+        thread::scope(|scope| {
+            let writers: Vec<_> = (0..WRITERS).map(|_| scope.spawn(work)).collect();
+            writers.into_iter().try_for_each(|it| it.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        })
+    }
+
     /// What the API server has at this path.
     pub fn get(&self, path: &str) -> Result<Value> {
         Ok(serde_json::from_str(&self.request("GET", path, None)?)?)
@@ -171,8 +198,17 @@ impl ControlPlane {
         ask("/v3/kv/compaction", json!({"revision": revision, "physical": true})).map(drop)
     }
 
+    /// A watch of what is at this path: what there is as events `ADDED`, then all that happens, one JSON object a line on
+    /// the standard output of a process that ends with the watch.
+    pub fn watch(&self, path: &str) -> Result<Child> {
+        let url = self.url(&format!("{path}?watch=1"));
+        let mut command = self.ns.command("curl");
+        command.args(["-sS", "--no-buffer", "--fail", "--cacert"]).arg(self.certificate()).args(ADMIN).arg(url);
+        command.stdout(Stdio::piped()).spawn().with_context(|| format!("cannot watch {path}"))
+    }
+
     /// A request by an administrator; the answer.
-    fn request(&self, method: &str, path: &str, body: Option<&Value>) -> Result<String> {
+    pub fn request(&self, method: &str, path: &str, body: Option<&Value>) -> Result<String> {
         self.client()?.request(method, path, body)
     }
 
@@ -184,6 +220,10 @@ impl ControlPlane {
         // The API server makes its certificate when it starts first.
         let client = ApiClient::new(self.ns.clone(), &self.address, &self.certificate())?;
         Ok(self.client.get_or_init(|| client))
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("https://{}:6443{path}", self.address)
     }
 
     /// The end of what a program has written to its log.

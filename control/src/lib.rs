@@ -12,6 +12,7 @@ pub mod daemon;
 pub mod demo;
 pub mod dns;
 pub mod drains;
+pub mod early;
 pub mod events;
 pub mod first;
 pub mod headless;

@@ -1,6 +1,7 @@
 //! Helpers of the whole-program tests: they drive the built programs from outside, as a user would.
 
 pub mod api_cluster;
+pub mod apply;
 pub mod beside;
 pub mod cluster;
 pub mod control_plane;
@@ -9,6 +10,7 @@ pub mod fake_api;
 pub mod http;
 pub mod kube_proxy;
 pub mod kube_proxy_rules;
+pub mod kubelet;
 pub mod lab;
 pub mod manifests;
 pub mod naive;

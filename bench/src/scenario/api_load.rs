@@ -1,8 +1,7 @@
-//! Objects at a real API server: many are written at once, and one is watched for when it comes.
+//! One object at a real API server: it is written, and watched for when that is told.
 
 use std::collections::BTreeMap;
 use std::io::BufRead as _;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,45 +10,6 @@ use anyhow::{Context as _, Result};
 use serde_json::Value;
 use sluice_bench::api_client::ApiClient;
 use sluice_bench::control_plane::{collection, path};
-
-use crate::manifests::Others;
-use crate::progress::Line;
-
-/// Requests at a time.
-const WRITERS: usize = 8;
-
-/// Writes Services and their slices, several at a time. How long that took.
-pub(super) fn write(client: &ApiClient, others: &Others, line: &mut Line) -> Result<Duration> {
-    let begun = Instant::now();
-    let next = AtomicUsize::new(0);
-    let work = || -> Result<()> {
-        client.namespace().enter()?;
-        loop {
-            let index = next.fetch_add(1, Relaxed);
-            if index >= others.services {
-                return Ok(());
-            }
-            for object in others.objects(index) {
-                client.request_here("POST", &collection(&object)?, Some(&object))?;
-            }
-        }
-    };
-    thread::scope(|scope| {
-        let writers: Vec<_> = (0..WRITERS).map(|_| scope.spawn(work)).collect();
-        while writers.iter().any(|writer| !writer.is_finished()) {
-            line.doing(&format!(
-                "writing: {} of {} Services",
-                next.load(Relaxed).min(others.services),
-                others.services
-            ));
-            thread::sleep(Duration::from_millis(100));
-        }
-        writers
-            .into_iter()
-            .try_for_each(|writer| writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-    })?;
-    Ok(begun.elapsed())
-}
 
 /// Puts an object in place. When the API server said so, and the version it has now.
 pub(super) fn replace(client: &ApiClient, object: &Value) -> Result<(Instant, String)> {

@@ -15,7 +15,7 @@ use sluice_bench::control_plane::ControlPlane;
 use sluice_bench::topology::Pod;
 use sluice_bench::workload::new_histogram;
 
-use super::api_load::{Watch, replace, write};
+use super::api_load::{Watch, replace};
 use super::polite::{Server, ask, connect};
 use super::scale::{PODS, ScaleArgs, Size, TIMEOUT, record};
 use super::{Failures, at, count, named, percentiles, sum, table};
@@ -43,7 +43,7 @@ const PEERS: [(&str, [&str; 2]); 2] = [
 /// Measures; whether there were no errors.
 pub(super) fn run(arguments: &ScaleArgs, sizes: &[Size], program: &Path) -> Result<bool> {
     if let Some(missing) = kube_proxy::missing() {
-        return Err(anyhow::Error::new(Lacking(missing)));
+        return Err(anyhow::Error::new(Lacking(missing.into())));
     }
     let mut line = Line::new();
     let mut results = Vec::new();

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -14,6 +14,7 @@ use crate::memory::Region;
 use crate::packet_path::drops::{Drop, Drops};
 use crate::packet_path::fragments::Fragments;
 use crate::packet_path::held::{Held, HeldTotals};
+use crate::packet_path::names::Names;
 use crate::packet_path::opens::Opens;
 use crate::select::{Affinity, Selection};
 use crate::table::{Directory, EndpointSlot, PortSlot, RoutingTable, Slots};
@@ -63,6 +64,7 @@ pub struct Shared {
     pub(super) held: Held,
     pub(super) drops: Box<[Drops]>,
     pub(super) settings: Settings,
+    pub(super) names: OnceLock<Names>,
     header: Arc<Region<Header>>,
     hold: Hold,
     recovery: Recovery,
@@ -106,10 +108,17 @@ impl Shared {
             drops: (0..=settings.workers).map(|_| Drops::default()).collect(),
             slots,
             settings,
+            names: OnceLock::new(),
             header: store.header,
             hold: store.hold,
             recovery: Recovery { flows: found, dropped, ..store.recovery },
         })
+    }
+
+    /// From now on questions to Services whose endpoint is the responder are answered by the packet threads. Once only.
+    pub fn answer_names(&self, names: Names) {
+        // A second answerer would be of another responder, and there is one.
+        let _ = self.names.set(names);
     }
 
     /// What was found at start.
