@@ -28,7 +28,7 @@ fn whatever_is_there_both_do_the_same() {
         return;
     }
     let is_big = std::env::var_os("SLUICE_BIG").is_some();
-    let (rounds, changes, flows) = if is_big { (120, 20, 40) } else { (12, 12, 12) };
+    let (rounds, changes, flows) = if is_big { (120, 20, 40) } else { (10, 12, 12) };
     let seed = std::env::var("SLUICE_SEED").map_or(1, |text| text.parse().unwrap());
     let mut twins = Twins::new().unwrap();
     twins.start(&program).unwrap();
@@ -91,7 +91,13 @@ fn compare(twins: &Twins, world: &World, rules: Rules, about: &str, counted: &mu
         let at = |ip| undefined.contains(&(ip, *protocol, to.port()));
         !at(Some(to.ip())) && !(node.contains(&to.ip()) && at(None))
     });
-    let decided = twins.decide(&rules, &defined).unwrap();
+    let mut decided = twins.decide(&rules, &defined).unwrap();
+    // What kube-proxy has no rule about is most of it, and Sluice would have to have a frontend there.
+    let mut passes = 0_usize;
+    decided.retain(|decided| {
+        passes += usize::from(decided.fate == Fate::Pass);
+        decided.fate != Fate::Pass || passes.is_multiple_of(8)
+    });
     let deadline = Instant::now() + SOON;
     // All is read; that it is in force as well takes Sluice a moment yet.
     loop {
