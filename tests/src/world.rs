@@ -116,7 +116,7 @@ impl World {
             (0, _) => Change::Zone((self.rng.u8(0..4) > 0).then(|| ZONES[self.rng.usize(..ZONES.len())])),
             (_, None) => Change::Create(self.service(number, None)),
             (1, Some(service)) => Change::Delete(service),
-            (2..7, Some(service)) => Change::Replace(self.service(number, Some(&service))),
+            (2..6, Some(service)) => Change::Replace(self.service(number, Some(&service))),
             _ => self.change_slice(number),
         }
     }
