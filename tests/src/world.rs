@@ -297,8 +297,15 @@ impl World {
             }
         }
         let mut labels = json!({"kubernetes.io/service-name": format!("s{number}")});
-        if self.flip(20) {
-            labels["kubernetes.io/service-name"] = json!(format!("s{}", self.rng.u8(1..=self.size)));
+        // A slice stays with its Service: kube-proxy would keep it in both (docs/differences.md).
+        match old {
+            Some(old) => {
+                labels["kubernetes.io/service-name"] = old["metadata"]["labels"]["kubernetes.io/service-name"].clone()
+            }
+            None if self.flip(20) => {
+                labels["kubernetes.io/service-name"] = json!(format!("s{}", self.rng.u8(1..=self.size)))
+            }
+            None => {}
         }
         if self.flip(20) {
             labels["service.kubernetes.io/headless"] = json!("");
