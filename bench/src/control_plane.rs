@@ -3,11 +3,14 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 
+use crate::api_client::ApiClient;
 use crate::netns::NetNs;
 
 /// Controllers that it runs: those that make Pods of workloads and EndpointSlices of Pods, and what they build on.
@@ -19,8 +22,8 @@ const ADMIN: [&str; 2] = ["--oauth2-bearer", "admin-token"];
 /// Most that a program of it may take to get ready; two cores are shared with other tests.
 const READY: Duration = Duration::from_secs(120);
 
-/// Objects that are created by one program.
-const AT_A_TIME: usize = 1000;
+/// Requests at a time where many objects are created.
+const WRITERS: usize = 8;
 
 /// etcd, kube-apiserver and, where wanted, kube-controller-manager. Dropping it ends them.
 #[derive(Debug)]
@@ -31,6 +34,7 @@ pub struct ControlPlane {
     etcd: Child,
     api_server: Option<Child>,
     controllers: Option<Child>,
+    client: OnceLock<ApiClient>,
 }
 
 /// What of these programs and of the tools around them is missing, in words; `None`: nothing.
@@ -65,7 +69,9 @@ impl ControlPlane {
     pub fn start(ns: NetNs, address: &str) -> Result<Self> {
         let folder = tempfile::tempdir().context("a folder for the control plane")?;
         let etcd = spawn(&ns, folder.path(), address, "etcd", &[])?;
-        let mut plane = Self { ns, address: address.to_owned(), folder, etcd, api_server: None, controllers: None };
+        let address = address.to_owned();
+        let client = OnceLock::new();
+        let mut plane = Self { ns, address, folder, etcd, api_server: None, controllers: None, client };
         plane.start_api_server()?;
         Ok(plane)
     }
@@ -139,36 +145,31 @@ impl ControlPlane {
     }
 
     /// Creates many objects without status, several at a time.
-    pub fn create_all(&self, objects: impl IntoIterator<Item = Value>) -> Result<()> {
-        let certificate = self.certificate().display().to_string();
-        let quoted = |text: &str| text.replace('\\', "\\\\").replace('"', "\\\"");
-        let mut objects = objects.into_iter().peekable();
-        while objects.peek().is_some() {
-            let mut requests = Vec::new();
-            for object in objects.by_ref().take(AT_A_TIME) {
-                let url = format!("https://{}:6443{}", self.address, collection(&object)?);
-                requests.push(format!(
-                    "silent\nshow-error\nfail\nmax-time = 30\noutput = /dev/null\ncacert = \"{}\"\noauth2-bearer = admin-token\n\
-                     header = \"Content-Type: application/json\"\nurl = \"{url}\"\ndata = \"{}\"\n",
-                    quoted(&certificate),
-                    quoted(&object.to_string()),
-                ));
+    pub fn create_all(&self, objects: impl IntoIterator<Item = Value, IntoIter: Send>) -> Result<()> {
+        let client = self.client()?;
+        let objects = Mutex::new(objects.into_iter());
+        let next = || objects.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let work = || -> Result<()> {
+            client.namespace().enter()?;
+            while let Some(object) = next() {
+                client.request_here("POST", &collection(&object)?, Some(&object))?;
             }
-            let file = self.folder.path().join("requests.curl");
-            std::fs::write(&file, requests.join("next\n"))?;
-            let file = file.display().to_string();
-            let mut command = self.ns.command("curl");
-            let output =
-                command.args(["--parallel", "--parallel-max", "16", "--fail-early", "--config", &file]).output()?;
-            let error = String::from_utf8_lossy(&output.stderr);
-            ensure!(output.status.success(), "{} objects: {error}", requests.len());
-        }
-        Ok(())
+            Ok(())
+        };
+        thread::scope(|scope| {
+            let writers: Vec<_> = (0..WRITERS).map(|_| scope.spawn(work)).collect();
+            writers.into_iter().try_for_each(|it| it.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        })
     }
 
     /// What the API server has at this path.
     pub fn get(&self, path: &str) -> Result<Value> {
         Ok(serde_json::from_str(&self.request("GET", path, None)?)?)
+    }
+
+    /// Puts an object in the place of what there is.
+    pub fn replace(&self, object: &Value) -> Result<()> {
+        self.request("PUT", &path(object)?, Some(object)).map(drop)
     }
 
     /// Changes an object by a merge patch.
@@ -190,7 +191,7 @@ impl ControlPlane {
     pub fn compact(&self) -> Result<()> {
         let ask = |path: &str, body: Value| -> Result<Value> {
             let url = format!("http://127.0.0.1:2379{path}");
-            let answer = self.curl(&["--data", &body.to_string(), &url])?;
+            let answer = self.ns.run(|| Ok(ureq::post(&url).send(body.to_string())?.body_mut().read_to_string()?))?;
             serde_json::from_str(&answer).context(answer)
         };
         let revision = ask("/v3/kv/range", json!({"key": "YQ=="}))?["header"]["revision"].clone();
@@ -208,28 +209,21 @@ impl ControlPlane {
 
     /// A request by an administrator; the answer.
     pub fn request(&self, method: &str, path: &str, body: Option<&Value>) -> Result<String> {
-        let kind = if method == "PATCH" { "application/merge-patch+json" } else { "application/json" };
-        let (certificate, kind) = (self.certificate().display().to_string(), format!("Content-Type: {kind}"));
-        let url = self.url(path);
-        let mut arguments = vec!["--cacert", &certificate, ADMIN[0], ADMIN[1], "-H", &kind, "-X", method];
-        let body = body.map(Value::to_string);
-        if let Some(body) = &body {
-            arguments.extend(["--data", body]);
+        self.client()?.request(method, path, body)
+    }
+
+    /// An administrator's way to the API server.
+    pub fn client(&self) -> Result<&ApiClient> {
+        if let Some(client) = self.client.get() {
+            return Ok(client);
         }
-        arguments.push(&url);
-        self.curl(&arguments)
+        // The API server makes its certificate when it starts first.
+        let client = ApiClient::new(self.ns.clone(), &self.address, &self.certificate())?;
+        Ok(self.client.get_or_init(|| client))
     }
 
     fn url(&self, path: &str) -> String {
         format!("https://{}:6443{path}", self.address)
-    }
-
-    fn curl(&self, arguments: &[&str]) -> Result<String> {
-        let mut command = self.ns.command("curl");
-        let output = command.args(["-sS", "--fail-with-body", "--max-time", "30"]).args(arguments).output()?;
-        let (answer, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-        ensure!(output.status.success(), "{arguments:?}: {error} {answer}");
-        Ok(answer.into_owned())
     }
 
     /// The end of what a program has written to its log.
@@ -258,7 +252,7 @@ fn spawn(ns: &NetNs, folder: &Path, address: &str, program: &str, flags: &[&str]
 }
 
 /// Where objects of its kind are.
-fn collection(object: &Value) -> Result<String> {
+pub fn collection(object: &Value) -> Result<String> {
     let version = object["apiVersion"].as_str().context("apiVersion")?;
     let root = if version == "v1" { "/api" } else { "/apis" };
     let kind = object["kind"].as_str().context("kind")?.to_lowercase();
@@ -268,6 +262,7 @@ fn collection(object: &Value) -> Result<String> {
     })
 }
 
-fn path(object: &Value) -> Result<String> {
+/// Where an object is.
+pub fn path(object: &Value) -> Result<String> {
     Ok(format!("{}/{}", collection(object)?, object["metadata"]["name"].as_str().context("metadata.name")?))
 }

@@ -1,6 +1,7 @@
 //! Load generators and topologies: network namespaces that play nodes, Pods and clients, servers that answer with their
 //! name, and clients that count who answered. Used by `sluice-bench`, by `sluice demo` and by the whole-program tests.
 
+pub mod api_client;
 pub mod client;
 pub mod control_plane;
 pub mod link;

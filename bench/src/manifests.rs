@@ -20,6 +20,8 @@ pub(crate) const SILENT_PORTS: u16 = 20;
 pub(crate) const SILENT_POD_PORT: u16 = 8081;
 /// Services in a file of the others: not one huge file, not one for each.
 const PER_FILE: usize = 500;
+/// Endpoints of a slice, as Kubernetes' own controller makes them.
+const PER_SLICE: usize = 100;
 /// Most of the others that can be dialled.
 const DIALLED: usize = 1000;
 
@@ -121,6 +123,20 @@ impl Others {
         !self.pods.is_empty() && index.is_multiple_of((self.services / DIALLED).max(1))
     }
 
+    /// One of them as an API server keeps it: the Service, and its endpoints in slices of a hundred at most.
+    pub(crate) fn objects(&self, index: usize) -> Vec<Value> {
+        let whole = self.slice(index, 0);
+        let endpoints = whole["endpoints"].as_array().cloned().unwrap_or_default();
+        let slices = endpoints.chunks(PER_SLICE).zip(1..).map(|(endpoints, number)| {
+            let mut slice = whole.clone();
+            slice["metadata"]["name"] = json!(format!("{}-{number}", name(index)));
+            slice["endpoints"] = json!(endpoints);
+            slice
+        });
+        let service = service(&name(index), cluster_ip(index), node_port(index));
+        std::iter::once(service).chain(slices).collect()
+    }
+
     /// Where those that can be dialled are.
     pub(crate) fn dialled(&self) -> Vec<SocketAddr> {
         let addresses = (0..self.services).filter(|index| self.is_dialled(*index)).map(cluster_ip);
@@ -197,5 +213,9 @@ mod tests {
         assert!(!node_ports.contains(&NODE_PORT.into()));
         assert_eq!(others.dialled().len(), 1250);
         assert_ne!(others.slice(1, 0), others.slice(1, 1));
+        let few = Others { services: 2, endpoints: 500, ..Others::default() };
+        let lengths: Vec<usize> =
+            few.objects(1)[1..].iter().map(|slice| slice["endpoints"].as_array().unwrap().len()).collect();
+        assert_eq!(lengths, [100, 100, 50]);
     }
 }

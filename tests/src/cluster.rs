@@ -243,6 +243,15 @@ impl Cluster {
         Ok(daemon.wait()?.code())
     }
 
+    /// Memory of the daemon that is resident, in bytes.
+    pub fn resident(&self) -> Result<u64> {
+        let id = self.daemon.as_ref().context("no daemon runs")?.id();
+        let status = fs::read_to_string(format!("/proc/{id}/status"))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+        let kib: u64 = line.split_whitespace().next().context("no number")?.parse()?;
+        Ok(kib * 1024)
+    }
+
     /// What the daemon has written to its log.
     #[must_use]
     pub fn log(&self) -> String {

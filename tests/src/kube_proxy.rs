@@ -43,9 +43,14 @@ pub fn configuration(mode: &str, kubeconfig: &Path) -> String {
 impl KubeProxy {
     /// Starts it in this namespace.
     pub fn start(program: &Path, ns: &NetNs, mode: &str, kubeconfig: &Path) -> Result<Self> {
+        Self::start_with(program, ns, &configuration(mode, kubeconfig))
+    }
+
+    /// The same with this configuration.
+    pub fn start_with(program: &Path, ns: &NetNs, configuration: &str) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let file = folder.path().join("config.conf");
-        std::fs::write(&file, configuration(mode, kubeconfig))?;
+        std::fs::write(&file, configuration)?;
         let log = std::fs::File::create(folder.path().join("log"))?;
         let mut command = ns.command(program);
         // It finds iptables where a user's path does not always lead.

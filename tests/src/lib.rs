@@ -2,12 +2,14 @@
 
 pub mod api_cluster;
 pub mod apply;
+pub mod beside;
 pub mod cluster;
 pub mod control_plane;
 pub mod dns;
 pub mod fake_api;
 pub mod http;
 pub mod kube_proxy;
+pub mod kube_proxy_rules;
 pub mod kubelet;
 pub mod lab;
 pub mod manifests;
@@ -18,6 +20,7 @@ pub mod relay;
 pub mod sctp;
 pub mod stage;
 pub mod talk;
+pub mod world;
 
 use std::path::PathBuf;
 

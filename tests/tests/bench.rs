@@ -77,6 +77,22 @@ fn packets_follow_changes_at_every_size() {
 }
 
 #[test]
+fn packets_follow_what_an_api_server_has_accepted() {
+    let what = "sluice-bench scale --api";
+    if !can_run_in_namespaces(what) || !control_plane::can_run(what) || kube_proxy::program(what).is_none() {
+        return;
+    }
+    let report = report(&["scale", "--api", "--sizes", "30/150", "--changes", "2"]);
+    let results = report["results"].as_array().unwrap();
+    assert_eq!(results.len(), 2);
+    for (result, peer) in results.iter().zip(["Sluice", "kube-proxy"]) {
+        assert_eq!((&result["peer"], &result["changeMicroseconds"]["count"]), (&peer.into(), &2.into()), "{result}");
+        let (synced, after) = (number(result, "/syncSeconds"), number(result, "/syncAfterListsSeconds"));
+        assert!(0.0 <= after && after < synced && number(result, "/residentBytes") > f64::from(1 << 20), "{result}");
+    }
+}
+
+#[test]
 fn many_services_and_flows_are_compared_with_few() {
     if !can_run_in_namespaces("sluice-bench compare --services --flows") {
         return;

@@ -12,6 +12,7 @@ use sluice_tests::can_run_in_namespaces;
 use sluice_tests::cluster::{Cluster, SOON};
 use sluice_tests::control_plane::{self, ControlPlane};
 use sluice_tests::relay::{Manner, Relay};
+use sluice_tests::stage::run;
 
 const FIRST: &str = "10.244.0.1:8080";
 const SECOND: &str = "10.244.0.2:8080";
@@ -71,6 +72,40 @@ fn settle(cluster: &Cluster, round: u8, (gone, come): (u8, u8), what: &str) {
     wait_for(cluster, gone, "drop", &[]);
     wait_for(cluster, WEB, "forward", if round.is_multiple_of(2) { &[FIRST, SECOND] } else { &[FIRST] });
     eprintln!("{what}: the table is right after {:?}", begun.elapsed());
+}
+
+/// Between the node and the API server nothing comes through, and nobody says so.
+fn cut(plane: &ControlPlane, is_cut: bool) {
+    let table = "table inet cut { chain in { type filter hook input priority 0; iifname != \"lo\" drop; }; }";
+    let arguments = if is_cut { ["add", table] } else { ["delete", "table inet cut"] };
+    run(plane.client().unwrap().namespace(), "nft", &arguments).unwrap();
+}
+
+/// `SLUICE_BIG=1`: for ten minutes.
+#[test]
+fn no_connection_is_lost_while_the_network_is_cut() {
+    const WHAT: &str = "a network that is cut";
+    if !can_run_in_namespaces(WHAT) || !control_plane::can_run(WHAT) {
+        return;
+    }
+    let (mut cluster, plane) = cluster();
+    publish(&cluster, &plane, "s20", 20);
+    cluster.start().unwrap();
+    let mut traffic = Traffic::start(&cluster);
+    let length = Duration::from_secs(if std::env::var_os("SLUICE_BIG").is_some() { 600 } else { 5 });
+    cut(&plane, true);
+    let begun = Instant::now();
+    let changed = change(&cluster, &plane, 0);
+    while begun.elapsed() < length {
+        std::thread::sleep(Duration::from_secs(1));
+        traffic.check("while the network is cut");
+    }
+    cut(&plane, false);
+    settle(&cluster, 0, changed, &format!("cut for {length:?}"));
+    traffic.check("after the cut");
+    let changed = change(&cluster, &plane, 1);
+    settle(&cluster, 1, changed, "and once more");
+    traffic.end();
 }
 
 #[test]

@@ -16,7 +16,7 @@ use crate::manifests::{self, NODE, WEB};
 const SOON: Duration = Duration::from_secs(30);
 
 /// Why it cannot run here.
-pub(super) fn missing() -> Option<String> {
+pub(crate) fn missing() -> Option<String> {
     let program = control_plane::missing(&["kube-apiserver", "kube-proxy"]);
     program.or_else(|| {
         find_program("nft").is_none().then(|| "nft is not installed (scripts/setup installs it)".to_owned())
@@ -25,6 +25,17 @@ pub(super) fn missing() -> Option<String> {
 
 /// An API server beside the client outside, with the Service that is dialled, and the command of kube-proxy.
 pub(super) fn prepare(lab: &Lab, folder: &Path) -> Result<(ControlPlane, Command)> {
+    let plane = control_plane(lab)?;
+    let slice = manifests::slice(WEB, &manifests::ready(lab.endpoints().iter().map(std::net::SocketAddr::ip)));
+    for object in [manifests::node(lab), manifests::web(), slice] {
+        plane.create(&object)?;
+    }
+    let command = command(lab, &plane, folder)?;
+    Ok((plane, command))
+}
+
+/// An API server beside the client outside, with the `default` namespace.
+pub(crate) fn control_plane(lab: &Lab) -> Result<ControlPlane> {
     let address = lab.topology.client_address(true).context("the client has an IPv4 address")?.to_string();
     let plane = ControlPlane::start(lab.topology.client.clone(), &address)?;
     let deadline = Instant::now() + SOON;
@@ -32,17 +43,18 @@ pub(super) fn prepare(lab: &Lab, folder: &Path) -> Result<(ControlPlane, Command
         anyhow::ensure!(Instant::now() < deadline, "no default namespace: {error:#}");
         std::thread::sleep(Duration::from_millis(100));
     }
-    let slice = manifests::slice(WEB, &manifests::ready(lab.endpoints().iter().map(std::net::SocketAddr::ip)));
-    for object in [manifests::node(lab), manifests::web(), slice] {
-        plane.create(&object)?;
-    }
+    Ok(plane)
+}
+
+/// kube-proxy on the lab's node.
+pub(crate) fn command(lab: &Lab, plane: &ControlPlane, folder: &Path) -> Result<Command> {
     let config = folder.join("kube-proxy.yaml");
     fs::write(&config, configuration(&plane.kubeconfig("proxy"))).context("cannot write kube-proxy's configuration")?;
     let mut command = lab.topology.node.command(control_plane::folder().join("kube-proxy"));
     // It finds nft where a user's path does not always lead.
     command.env("PATH", format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default()));
     command.arg("--config").arg(config);
-    Ok((plane, command))
+    Ok(command)
 }
 
 fn configuration(kubeconfig: &Path) -> String {

@@ -5,7 +5,7 @@ pub(crate) mod dns;
 mod flows;
 mod hop;
 pub(crate) mod html;
-mod kube_proxy;
+pub(crate) mod kube_proxy;
 mod nft;
 mod peer;
 mod proxy;

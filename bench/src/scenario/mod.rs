@@ -1,5 +1,7 @@
 //! Loads that need the daemon itself: many idle connections, a table that changes, a rolling update, many Services.
 
+mod api_load;
+mod api_scale;
 pub(crate) mod churn;
 pub(crate) mod drain;
 pub(crate) mod idle;

@@ -13,7 +13,7 @@ use sluice_bench::topology::Pod;
 use sluice_bench::workload::new_histogram;
 
 use super::polite::{Server, ask, connect};
-use super::{CommonArgs, Failures, at, count, named, percentiles, sum, table};
+use super::{CommonArgs, Failures, api_scale, at, count, named, percentiles, sum, table};
 use crate::daemon::{self, Daemon, PROBE};
 use crate::lab::{CLUSTER_IP, Lab, Mode, POD_PORT};
 use crate::manifests::{Others, ready};
@@ -21,32 +21,41 @@ use crate::process::Usage;
 use crate::progress::Line;
 
 /// Bound on connecting and on each answer.
-const TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const TIMEOUT: Duration = Duration::from_secs(5);
 /// Pods behind each Service that is dialled.
-const PODS: u8 = 2;
+pub(super) const PODS: u8 = 2;
 /// Dials of a kind in a row.
 const BLOCK: usize = 100;
 
 #[derive(Debug, Args)]
 pub(crate) struct ScaleArgs {
     #[command(flatten)]
-    common: CommonArgs,
-    /// How many Services and endpoints, SERVICES/ENDPOINTS; several are measured one after another.
-    #[arg(long, value_delimiter = ',', default_value = "1/2,1000/5000,30000/150000,44000/250000")]
+    pub(super) common: CommonArgs,
+    /// How many Services and endpoints, SERVICES/ENDPOINTS; several are measured one after another [default:
+    /// 1/2,1000/5000,30000/150000,44000/250000; with --api 10000/100000].
+    #[arg(long, value_delimiter = ',')]
     sizes: Vec<Size>,
+    /// With a real API server, of scripts/kube/build, and kube-proxy beside Sluice.
+    #[arg(long)]
+    pub(super) api: bool,
     /// Changes of one slice, at each size.
     #[arg(long, default_value_t = 200)]
-    changes: u32,
+    pub(super) changes: u32,
     /// First packets, at each size and as many to the Pods themselves.
     #[arg(long, default_value_t = 5000)]
     dials: usize,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Size {
-    services: usize,
-    endpoints: usize,
+pub(super) struct Size {
+    pub(super) services: usize,
+    pub(super) endpoints: usize,
 }
+
+/// What is measured when nothing is said.
+const SIZES: [(usize, usize); 4] = [(1, 2), (1000, 5000), (30_000, 150_000), (44_000, 250_000)];
+/// The same with an API server.
+const API_SIZES: [(usize, usize); 1] = [(10_000, 100_000)];
 
 impl FromStr for Size {
     type Err = String;
@@ -66,9 +75,13 @@ impl FromStr for Size {
 pub(crate) fn run(arguments: &ScaleArgs) -> Result<bool> {
     let program = daemon::program(arguments.common.sluice.as_deref())?;
     ensure!(arguments.changes > 0 && arguments.dials > 0, "--changes, --dials: use more than 0");
+    let sizes = arguments.sizes();
+    if arguments.api {
+        return api_scale::run(arguments, &sizes, &program);
+    }
     let mut line = Line::new();
     let mut results = Vec::new();
-    for size in &arguments.sizes {
+    for size in &sizes {
         results.push(Measured::of(*size, arguments, &program, &mut line)?);
     }
     line.clear();
@@ -79,6 +92,18 @@ pub(crate) fn run(arguments: &ScaleArgs) -> Result<bool> {
         print(&results);
     }
     Ok(results.iter().all(|measured| sum(&measured.failures) == 0))
+}
+
+impl ScaleArgs {
+    fn sizes(&self) -> Vec<Size> {
+        let usual = if self.api { &API_SIZES[..] } else { &SIZES };
+        match &*self.sizes {
+            [] => {
+                usual.iter().map(|(services, endpoints)| Size { services: *services, endpoints: *endpoints }).collect()
+            }
+            said => said.to_vec(),
+        }
+    }
 }
 
 struct Measured {
@@ -231,6 +256,6 @@ fn dial(target: SocketAddr) -> Result<(std::net::TcpStream, Duration), Failure> 
     Ok((stream, begun.elapsed()))
 }
 
-fn record(latency: &mut Histogram<u64>, took: Duration) {
+pub(super) fn record(latency: &mut Histogram<u64>, took: Duration) {
     latency.saturating_record(took.as_nanos().try_into().unwrap_or(u64::MAX));
 }

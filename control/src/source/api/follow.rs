@@ -136,6 +136,7 @@ impl Follower {
         if self.version.is_none() {
             match self.list(&api).await {
                 Ok((objects, version)) => {
+                    tracing::debug!(resource = self.query.resource, objects = objects.len(), "listed");
                     if !self.tell(What::Listed(objects)).await {
                         return Ok(Ended::Unheard);
                     }
