@@ -11,16 +11,18 @@ use anyhow::{Context as _, Result, bail};
 use sd_notify::NotifyState;
 use sluice_dataplane::flow::{FlowFile, Found};
 use sluice_dataplane::net::Family;
-use sluice_dataplane::packet_path::{PacketPath, Settings, Shared, Tun};
+use sluice_dataplane::packet_path::{PacketPath, Settings, Shared, Tun, Ways};
 use sluice_dataplane::table::RoutingTable;
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
 
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::drains::Drains;
 use crate::events::{About, Events, Told};
 use crate::first::{self, First};
 use crate::health_check::HealthServers;
 use crate::host::lock::{self, Standing};
-use crate::host::{Host, LINK, Lacking, Plan, nft, sysctl};
+use crate::host::{Host, LINK, Lacking, Plan, nft, sysctl, ways};
 use crate::loopback::LoopbackListeners;
 use crate::node::NodeFacts;
 use crate::publish::Publisher;
@@ -52,7 +54,16 @@ pub async fn run(config: Config, source: Source, names_for_host: bool) -> Result
     let mut feed = source.open()?;
     let First { update: first, as_of } = first::first(&mut feed, saved.as_ref(), &standing, &config.state_dir).await?;
     let interfaces = host.addresses().await?;
-    let settings = settings(&config, &first, &interfaces)?;
+    let mut settings = settings(&config, &first, &interfaces)?;
+    let links_changed = Arc::new(Notify::new());
+    let finder = match config.packet_path {
+        config::PacketPath::Kernel => None,
+        config::PacketPath::Links => {
+            let ways = Arc::new(Ways::new().context("cannot make room for ways")?);
+            settings.ways = Some(Arc::clone(&ways));
+            Some(tokio::spawn(ways::answer(ways, Arc::clone(&links_changed))))
+        }
+    };
     // Open before another daemon lets go: packets wait here meanwhile.
     let tun = open_link(&host, settings.workers).await?;
     let shared = open_flows(settings.clone(), &config.state_dir)?;
@@ -62,7 +73,7 @@ pub async fn run(config: Config, source: Source, names_for_host: bool) -> Result
     let state = Arc::new(State::new(Arc::clone(&shared), config, described, events, publisher, names, upstreams));
     state.apply_first(first, as_of);
     lives::forget(&state);
-    let path = PacketPath::start(tun, Arc::clone(&shared)).context("cannot start the packet threads")?;
+    let path = start(tun, &shared)?;
     // The daemon that handed over reads no packet any more: ours need not wait until it has ended, but the host must.
     let namespace = match standing {
         Standing::Alone(held) => held,
@@ -79,6 +90,8 @@ pub async fn run(config: Config, source: Source, names_for_host: bool) -> Result
         interfaces,
         planned: None,
         saving: saved.map(|saved| Saving::new(saved, as_of.is_none())),
+        links_changed,
+        finder,
     };
     // Names are answered at an address that the host may get only now.
     let set_up = daemon.set_up_host().await.and_then(|()| responder::start(&daemon.state));
@@ -159,6 +172,16 @@ fn require_environment() -> Result<()> {
     sysctl::require_forwarding(Family::V4)
 }
 
+/// Starts the packet threads.
+fn start(tun: Tun, shared: &Arc<Shared>) -> Result<PacketPath> {
+    PacketPath::start(tun, Arc::clone(shared)).map_err(|error| match error.kind() {
+        ErrorKind::PermissionDenied => {
+            Lacking(format!("packetPath: links needs CAP_NET_RAW to send on links: {error}")).into()
+        }
+        _ => anyhow::Error::new(error).context("cannot start the packet threads"),
+    })
+}
+
 /// The settings of the packet path.
 fn settings(config: &Config, first: &Update, interfaces: &[IpAddr]) -> Result<Settings> {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
@@ -170,6 +193,7 @@ fn settings(config: &Config, first: &Update, interfaces: &[IpAddr]) -> Result<Se
         slow_start: config.slow_start,
         eject_after: config.eject_after,
         seed: ahash::RandomState::new().hash_one(std::process::id()),
+        ways: None,
     })
 }
 
@@ -250,6 +274,10 @@ struct Daemon {
     planned: Option<u64>,
     /// Keeps objects for the next process, where their source may be out of reach then.
     saving: Option<Saving>,
+    /// Told when links come or go, where packets are taken at links.
+    links_changed: Arc<Notify>,
+    /// Finds ways for packets that are sent on links.
+    finder: Option<JoinHandle<Result<()>>>,
 }
 
 impl Daemon {
@@ -302,15 +330,19 @@ impl Daemon {
                     if !path.is_running() {
                         bail!("the link {LINK} was taken away");
                     }
+                    if let Some(finder) = self.finder.take_if(|finder| finder.is_finished()) {
+                        finder.await?.context("packetPath: links")?;
+                    }
                     lives::tell(&self.state);
                     watchdog.ping();
                     if !has_retired && self.state.retiring.load(Relaxed) {
                         has_retired = true;
-                        self.retire()?;
+                        self.retire().await?;
                         tracing::info!(flows = self.state.shared.flow_count(), "new connections are left to another service proxy");
                     }
                 }
                 _ = look.tick() => self.look().await?,
+                () = self.links_changed.notified() => self.host.follow_links().await?,
                 _ = save.tick() => {
                     if let Some(saving) = &mut self.saving {
                         saving.go_on(&self.state).await;
@@ -345,9 +377,9 @@ impl Daemon {
 
     /// Leaves all but the flows that are there to another service proxy. Some open while it is done: they are taken in at the
     /// second look.
-    fn retire(&mut self) -> Result<()> {
+    async fn retire(&mut self) -> Result<()> {
         for _ in 0..2 {
-            self.host.retire(self.state.shared.flows())?;
+            self.host.retire(self.state.shared.flows()).await?;
         }
         Ok(())
     }
@@ -386,7 +418,7 @@ impl Daemon {
             self.follow(table).await?;
         }
         if self.state.retiring.load(Relaxed) {
-            self.retire()?;
+            self.retire().await?;
         }
         for what in self.host.repair().await? {
             tracing::warn!(what, "put right what somebody else changed");

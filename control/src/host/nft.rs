@@ -14,7 +14,8 @@ use sluice_dataplane::net::Family;
 use super::hand_over::HandOver;
 use super::{LINK, Lacking, MARK, MARK_MASK, Plan, sysctl, tool};
 
-const TABLE: &str = "sluice";
+/// Name of our tables.
+pub(super) const TABLE: &str = "sluice";
 const RESERVED: &str = "reserved_ports";
 const EARLY_DEMUX: &str = "early_demux_was_on";
 
@@ -51,10 +52,15 @@ pub(super) struct Table(Vec<Value>);
 
 /// Our table on this host; nothing when it is not there.
 pub(super) fn read() -> Result<Option<Table>> {
-    match list(&["table", "inet", TABLE]) {
+    read_of("inet")
+}
+
+/// Our table of this family.
+pub(super) fn read_of(family: &str) -> Result<Option<Table>> {
+    match list(&["table", family, TABLE]) {
         Ok(mut listing) => Ok(Some(Table::new(&mut listing))),
         Err(error) => {
-            if has_table("inet", TABLE)? {
+            if has_table(family, TABLE)? {
                 Err(error)
             } else {
                 Ok(None)
@@ -129,7 +135,8 @@ fn list(arguments: &[&str]) -> Result<Value> {
     serde_json::from_slice(&output.stdout).context("nft prints what is no JSON")
 }
 
-fn run(script: &str) -> Result<()> {
+/// Runs a script of `nft`, which is one transaction.
+pub(super) fn run(script: &str) -> Result<()> {
     let mut child = command()
         .args(["-f", "-"])
         .stdin(Stdio::piped())
@@ -291,6 +298,6 @@ impl Chains {
     }
 }
 
-fn is_host(range: &ipnet::IpNet) -> bool {
+pub(super) fn is_host(range: &ipnet::IpNet) -> bool {
     range.prefix_len() == range.max_prefix_len()
 }

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use sluice_dataplane::net::{Family, Protocol};
 use sluice_dataplane::table::{FrontendKey, RoutingTable};
 
-use crate::config::{Config, PortRange};
+use crate::config::{Config, PacketPath, PortRange};
 
 /// What packets are to come to the TUN link.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -28,6 +28,8 @@ pub struct Plan {
     pub own_frontends: BTreeSet<(IpAddr, Protocol, u16)>,
     /// Addresses where names are answered. Those that no link of the host has are put on ours.
     pub names: BTreeSet<IpAddr>,
+    /// Packets are taken at the links already, where they may be.
+    pub at_links: bool,
 }
 
 impl Plan {
@@ -49,6 +51,7 @@ impl Plan {
             own_frontends: BTreeSet::new(),
             names: config.dns.iter().flat_map(|dns| &dns.listen).map(SocketAddr::ip).collect(),
             families: families.clone(),
+            at_links: config.packet_path == PacketPath::Links,
         };
         for frontend in table.frontends() {
             let (address, protocol, port) = match frontend.key {

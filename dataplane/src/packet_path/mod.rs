@@ -11,6 +11,8 @@ mod shared;
 mod steer;
 mod thread;
 mod tun;
+mod ways;
+mod wire;
 mod worker;
 
 pub use drops::Drops;
@@ -20,6 +22,7 @@ pub use namespace::namespace_cookie;
 pub use shared::{Settings, Shared};
 pub use thread::{PacketPath, now_ms};
 pub use tun::Tun;
+pub use ways::{ETHERNET, Way, Ways};
 pub use worker::{Action, Worker};
 
 #[cfg(test)]
