@@ -342,7 +342,11 @@ impl Daemon {
                     }
                 }
                 _ = look.tick() => self.look().await?,
-                () = self.links_changed.notified() => self.host.follow_links().await?,
+                () = self.links_changed.notified() => {
+                    if let Err(error) = self.host.follow_links().await {
+                        tracing::warn!(error = format!("{error:#}"), "packets of a new link go the ordinary way until the next look");
+                    }
+                }
                 _ = save.tick() => {
                     if let Some(saving) = &mut self.saving {
                         saving.go_on(&self.state).await;

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use anyhow::Result;
 use ipnet::IpNet;
-use sluice_dataplane::net::Family;
+use sluice_dataplane::net::{Family, Protocol};
 
 use super::nft::{self, TABLE};
 use super::{LINK, Plan};
@@ -79,21 +79,24 @@ fn script(plan: &Plan, links: &[String]) -> String {
 fn taken(family: Family) -> String {
     let ip = ip(family);
     // The address is nobody's: that of a neighbour on our link, which has none. So the packet goes there without Ethernet header,
-    // one hop further.
-    let (plain, limit, nowhere) = match family {
-        Family::V4 => {
-            (&["@nh,0,8 != 0x45", "ip frag-off & 0x3fff != 0", "ip protocol != { tcp, udp }"][..], "ttl", "192.0.0.8")
-        }
-        Family::V6 => (&["ip6 nexthdr != { tcp, udp }"][..], "hoplimit", "100::1"),
+    // one hop further. Rules that compare are cheaper than those that look into a set.
+    let (plain, limit, protocol, ether_type, nowhere) = match family {
+        Family::V4 => (&["@nh,0,8 != 0x45", "ip frag-off & 0x3fff != 0"][..], "ttl", "protocol", "0x0800", "192.0.0.8"),
+        Family::V6 => (&[][..], "hoplimit", "nexthdr", "0x86dd", "100::1"),
     };
-    let mut text = format!("  chain take_{ip} {{\n    meta pkttype != host accept\n");
+    let mut text = format!("  chain go_{ip} {{\n");
     for rule in plain {
         let _ = writeln!(text, "    {rule} accept");
     }
-    let _ = writeln!(text, "    {ip} {limit} < 2 accept");
-    let _ = writeln!(text, "    ether type {{ 8021q, 8021ad }} accept");
+    for rule in [format!("{ip} {limit} < 2"), format!("@ll,96,16 != {ether_type}"), "meta pkttype != host".to_owned()] {
+        let _ = writeln!(text, "    {rule} accept");
+    }
     let _ = writeln!(text, "    fib saddr . iif oif missing accept");
-    text + &format!("    fwd {ip} to {nowhere} device \"{LINK}\"\n  }}\n")
+    let _ = writeln!(text, "    fwd {ip} to {nowhere} device \"{LINK}\"\n  }}\n  chain take_{ip} {{");
+    for number in [Protocol::Tcp, Protocol::Udp] {
+        let _ = writeln!(text, "    {ip} {protocol} {} goto go_{ip}", number as u8);
+    }
+    text + "  }\n"
 }
 
 /// Finds what is routed to us.
@@ -102,27 +105,19 @@ fn ours(plan: &Plan, family: Family) -> String {
     let is_of = |address: IpAddr| Family::of(address) == family && !address.is_loopback();
     let mut text = String::new();
     let mut rules = Vec::new();
-    let services: Vec<String> =
-        plan.services.iter().filter(|range| is_of(range.addr())).map(|range| range.trunc().to_string()).collect();
-    if !services.is_empty() {
-        let _ = writeln!(text, "  set services_{ip} {{\n    type {}; flags interval; auto-merge", kind(family));
-        let _ = writeln!(text, "    elements = {{ {} }}\n  }}", services.join(", "));
-        rules.push(format!("{ip} daddr @services_{ip}"));
+    let (single, ranges): (Vec<&IpNet>, Vec<&IpNet>) =
+        plan.services.iter().filter(|range| is_of(range.addr())).partition(|range| nft::is_host(range));
+    rules.extend(ranges.iter().map(|range| format!("{ip} daddr {}", range.trunc())));
+    for address in plan.own_addresses().filter(|address| is_of(*address)) {
+        // No other transport has ports here: which it is, is looked at next.
+        let ports = plan.own_ports(address).into_iter();
+        rules.extend(ports.map(|ports| format!("{ip} daddr {address} @th,16,16 {ports}")));
     }
-    let ports_of = |address: IpAddr| {
-        let node = plan.node_ports.filter(|_| plan.node_port_addresses.contains(&IpNet::from(address)));
-        let masquerade = plan.masquerade_ports.filter(|_| plan.primary.contains(&address));
-        [node, masquerade].into_iter().flatten().map(|ports| ports.to_string()).collect::<Vec<_>>().join(", ")
-    };
-    let mut addresses: Vec<IpAddr> = plan.primary.clone();
-    addresses.extend(plan.node_port_addresses.iter().filter(|range| nft::is_host(range)).map(IpNet::addr));
-    addresses.sort_unstable();
-    addresses.dedup();
-    for address in addresses.into_iter().filter(|address| is_of(*address)) {
-        let ports = ports_of(address);
-        if !ports.is_empty() {
-            rules.push(format!("{ip} daddr {address} meta l4proto {{ tcp, udp }} th dport {{ {ports} }}"));
-        }
+    if !single.is_empty() {
+        let single: Vec<String> = single.iter().map(|range| range.addr().to_string()).collect();
+        let _ = writeln!(text, "  set services_{ip} {{\n    type {}", kind(family));
+        let _ = writeln!(text, "    elements = {{ {} }}\n  }}", single.join(", "));
+        rules.push(format!("{ip} daddr @services_{ip}"));
     }
     let own = plan.own_frontends.iter().filter(|(address, ..)| is_of(*address));
     let own: Vec<String> =

@@ -4,7 +4,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::io::Write as _;
-use std::net::IpAddr;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result};
@@ -260,9 +259,6 @@ struct Chains {
 impl Chains {
     /// Rules about Service ranges and about the node's own addresses: node ports, and the ports of masqueraded flows.
     fn own_ports(&mut self, plan: &Plan, family: Family) {
-        let node_ports = |address: &IpAddr| plan.node_port_addresses.iter().any(|range| range.contains(address));
-        let mut addresses: BTreeSet<IpAddr> = plan.primary.iter().copied().collect();
-        addresses.extend(plan.node_port_addresses.iter().map(ipnet::IpNet::addr));
         let ip = match family {
             Family::V4 => "ip",
             Family::V6 => "ip6",
@@ -271,10 +267,8 @@ impl Chains {
             self.arriving.push(format!("{ip} daddr {range} notrack accept"));
             self.leaving.push(format!("{ip} saddr {range} notrack accept"));
         }
-        for address in addresses.into_iter().filter(|address| Family::of(*address) == family) {
-            let masquerade = plan.masquerade_ports.filter(|_| plan.primary.contains(&address));
-            let ports = [plan.node_ports.filter(|_| node_ports(&address)), masquerade];
-            let ports: Vec<String> = ports.iter().flatten().map(ToString::to_string).collect();
+        for address in plan.own_addresses().filter(|address| Family::of(*address) == family) {
+            let ports: Vec<String> = plan.own_ports(address).iter().map(ToString::to_string).collect();
             if ports.is_empty() {
                 continue;
             }

@@ -90,6 +90,20 @@ impl Plan {
             || is_node_port()
     }
 
+    /// Addresses of the node of which some ports are ours, whatever Services there are.
+    pub(super) fn own_addresses(&self) -> impl Iterator<Item = IpAddr> {
+        let mut addresses: BTreeSet<IpAddr> = self.primary.iter().copied().collect();
+        addresses.extend(self.node_port_addresses.iter().map(IpNet::addr));
+        addresses.into_iter()
+    }
+
+    /// These ports: node ports, and those of masqueraded flows.
+    pub(super) fn own_ports(&self, address: IpAddr) -> Vec<PortRange> {
+        let has_node_ports = self.node_port_addresses.iter().any(|range| range.contains(&address));
+        let masquerade = self.masquerade_ports.filter(|_| self.primary.contains(&address));
+        [self.node_ports.filter(|_| has_node_ports), masquerade].into_iter().flatten().collect()
+    }
+
     /// The primary address of a family.
     pub(super) fn primary(&self, family: Family) -> Option<IpAddr> {
         self.primary.iter().copied().find(|address| Family::of(*address) == family)
