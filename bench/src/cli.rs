@@ -8,7 +8,9 @@ use anyhow::{Context as _, Result, ensure};
 use clap::{Args, Parser, Subcommand};
 use sluice_bench::workload::{Plan, Workload, cores};
 
+use crate::compare::dns::DnsCompareArgs;
 use crate::compare::{CompareArgs, HopArgs};
+use crate::names::DnsArgs;
 use crate::scenario::churn::ChurnArgs;
 use crate::scenario::drain::DrainArgs;
 use crate::scenario::idle::IdleArgs;
@@ -30,6 +32,8 @@ pub(crate) enum Command {
     Rr(LoadArgs),
     /// Gbit/s of bulk data, every byte checked.
     Bulk(BulkArgs),
+    /// Questions about names a second, to any name server.
+    Dns(DnsArgs),
     /// Memory and processor time of many idle connections.
     Idle(IdleArgs),
     /// Load while the routing table changes many times a second: errors and latency (needs root).
@@ -42,6 +46,8 @@ pub(crate) enum Command {
     Serve(ServeArgs),
     /// Sluice, HAProxy, nginx and nftables rules side by side, as ratios to dialling the Pods directly (needs root).
     Compare(CompareArgs),
+    /// Sluice and CoreDNS on the same objects of a real API server (needs root and scripts/kube/build).
+    DnsCompare(DnsCompareArgs),
     /// A peer of `compare`: the least that a hop through TUN can cost.
     #[command(hide = true)]
     Hop(HopArgs),

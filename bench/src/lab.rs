@@ -1,5 +1,6 @@
 //! Where is measured: namespaces of its own for each peer, so that no peer's rules or threads are in another's way.
 
+use std::borrow::Cow;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use anyhow::{Result, ensure};
@@ -41,11 +42,11 @@ pub(crate) const NODE_PORT: u16 = 30010;
 
 /// The environment lacks something.
 #[derive(Debug)]
-pub(crate) struct Lacking(&'static str);
+pub(crate) struct Lacking(pub(crate) Cow<'static, str>);
 
 impl std::fmt::Display for Lacking {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.0)
+        f.write_str(&self.0)
     }
 }
 
@@ -75,7 +76,7 @@ impl Lab {
     pub(crate) fn bare() -> Result<Self> {
         ensure!(
             is_privileged(),
-            Lacking("it makes network namespaces: it needs CAP_SYS_ADMIN and CAP_NET_ADMIN (root)")
+            Lacking("it makes network namespaces: it needs CAP_SYS_ADMIN and CAP_NET_ADMIN (root)".into())
         );
         let topology = Topology::new(TopologyConfig::default())?;
         // A proxy on the node dials Pods from here; above are the ports that Sluice masquerades with.
@@ -96,6 +97,11 @@ impl Lab {
             Mode::Masquerade => &self.topology.client,
             Mode::Preserve => &self.client_pod.ns,
         }
+    }
+
+    /// The client in a Pod.
+    pub(crate) fn client_pod(&self) -> &NetNs {
+        &self.client_pod.ns
     }
 
     /// Address of the client in a Pod.

@@ -5,6 +5,7 @@ pub mod client;
 pub mod control_plane;
 pub mod link;
 pub mod load;
+pub mod name_client;
 pub mod netns;
 pub mod pattern;
 pub mod plain_server;

@@ -5,6 +5,7 @@ mod compare;
 mod daemon;
 mod lab;
 mod manifests;
+mod names;
 mod process;
 mod progress;
 mod scenario;
@@ -42,11 +43,13 @@ fn run(command: Command) -> Result<bool> {
             server.wait();
             Ok(true)
         }
+        Command::Dns(arguments) => names::run(&arguments),
         Command::Idle(arguments) => scenario::idle::run(&arguments),
         Command::Churn(arguments) => scenario::churn::run(&arguments),
         Command::Drain(arguments) => scenario::drain::run(&arguments),
         Command::Scale(arguments) => scenario::scale::run(&arguments),
         Command::Compare(arguments) => compare::run(&arguments),
+        Command::DnsCompare(arguments) => compare::dns::run(&arguments),
         Command::Hop(arguments) => compare::hop(&arguments).map(|()| true),
     }
 }

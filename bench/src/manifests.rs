@@ -36,7 +36,7 @@ pub(crate) fn web() -> Value {
     service(WEB, CLUSTER_IP.ip(), Some(NODE_PORT))
 }
 
-fn service(name: &str, cluster_ip: IpAddr, node_port: Option<u16>) -> Value {
+pub(crate) fn service(name: &str, cluster_ip: IpAddr, node_port: Option<u16>) -> Value {
     let mut port = json!({"name": "http", "protocol": "TCP", "port": CLUSTER_IP.port(), "targetPort": POD_PORT});
     if let Some(node_port) = node_port {
         port["nodePort"] = json!(node_port);
@@ -158,7 +158,7 @@ fn name(index: usize) -> String {
     format!("other-{index}")
 }
 
-fn cluster_ip(index: usize) -> IpAddr {
+pub(crate) fn cluster_ip(index: usize) -> IpAddr {
     // The Service that is dialled is below these.
     below([10, 96, 1, 0], index)
 }

@@ -1,6 +1,5 @@
 //! The daemon's life: locks, first sync, host set-up, updates, and a clean end.
 
-use std::io::ErrorKind;
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::atomic::Ordering::Relaxed;
@@ -11,27 +10,28 @@ use anyhow::{Context as _, Result, bail};
 use sd_notify::NotifyState;
 use sluice_dataplane::flow::{FlowFile, Found};
 use sluice_dataplane::net::Family;
-use sluice_dataplane::packet_path::{PacketPath, Settings, Shared, Tun, Ways};
+use sluice_dataplane::packet_path::{PacketPath, Settings, Shared};
 use sluice_dataplane::table::RoutingTable;
-use tokio::sync::Notify;
-use tokio::task::JoinHandle;
 
-use crate::config::{self, Config};
+use crate::at_links::{self, AtLinks};
+use crate::config::Config;
 use crate::drains::Drains;
+use crate::early::Means;
 use crate::events::{About, Events, Told};
 use crate::first::{self, First};
 use crate::health_check::HealthServers;
 use crate::host::lock::{self, Standing};
-use crate::host::{Host, LINK, Lacking, Plan, nft, sysctl, ways};
+use crate::host::{Host, LINK, Lacking, Plan, nft, sysctl};
 use crate::loopback::LoopbackListeners;
 use crate::node::NodeFacts;
 use crate::publish::Publisher;
+use crate::responder::Responder;
 use crate::saving::{self, Saving};
 use crate::signals::Signals;
 use crate::source::{Feed, Source, Update};
 use crate::state::{Repairs, State};
 use crate::upstream::Upstreams;
-use crate::{admin, lives, local_names, responder};
+use crate::{admin, early, lives, local_names, responder};
 
 /// How often the host is looked at for what others changed.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
@@ -52,28 +52,37 @@ pub async fn run(config: Config, source: Source, names_for_host: bool) -> Result
     let described = source.to_string();
     let saved = source.access().map(|_| first::saved(&config)).transpose()?;
     let mut feed = source.open()?;
-    let First { update: first, as_of } = first::first(&mut feed, saved.as_ref(), &standing, &config.state_dir).await?;
+    let upstreams = config.dns.as_ref().map(Upstreams::new).transpose()?.flatten();
+    let names = responder::answerer(&config, upstreams.clone(), workers(&config));
+    let first = first::first(&mut feed, saved.as_ref(), &standing, &config.state_dir);
+    let means = match (&standing, config.dns.as_ref().zip(names.as_ref())) {
+        (Standing::Alone(_), Some((dns, names))) => {
+            let (upstreams, queues) = (upstreams.as_ref(), workers(&config));
+            Some(Means { dns, names, upstreams, host: &host, queues })
+        }
+        // Who is there already knows more than we do yet.
+        (Standing::TakingOver, _) | (_, None) => None,
+    };
+    let (First { update: first, as_of }, early) = early::wait(first, means).await?;
+    let (tun, early_responder) = early.map(|early| (early.tun, early.responder)).unzip();
     let interfaces = host.addresses().await?;
     let mut settings = settings(&config, &first, &interfaces)?;
-    let links_changed = Arc::new(Notify::new());
-    let finder = match config.packet_path {
-        config::PacketPath::Kernel => None,
-        config::PacketPath::Links => {
-            let ways = Arc::new(Ways::new().context("cannot make room for ways")?);
-            settings.ways = Some(Arc::clone(&ways));
-            Some(tokio::spawn(ways::answer(ways, Arc::clone(&links_changed))))
-        }
+    let at_links = AtLinks::start(&config, &mut settings)?;
+    let tun = match tun {
+        Some(tun) => tun,
+        // Open before another daemon lets go: packets wait here meanwhile.
+        None => host.open_link(settings.workers).await?,
     };
-    // Open before another daemon lets go: packets wait here meanwhile.
-    let tun = open_link(&host, settings.workers).await?;
+    tun.persist().with_context(|| format!("cannot keep the link {LINK}"))?;
     let shared = open_flows(settings.clone(), &config.state_dir)?;
-    let mut publisher = publisher(&config, &interfaces, &shared);
-    let upstreams = config.dns.as_ref().map(Upstreams::new).transpose()?.flatten();
-    let names = responder::answerer(&config, &mut publisher, upstreams.clone());
+    if let (Some(dns), Some(names)) = (&config.dns, &names) {
+        shared.answer_names(responder::for_packet_threads(dns, names));
+    }
+    let publisher = publisher(&config, &interfaces, &shared);
     let state = Arc::new(State::new(Arc::clone(&shared), config, described, events, publisher, names, upstreams));
     state.apply_first(first, as_of);
     lives::forget(&state);
-    let path = start(tun, &shared)?;
+    let path = at_links::start_packet_path(tun, &shared)?;
     // The daemon that handed over reads no packet any more: ours need not wait until it has ended, but the host must.
     let namespace = match standing {
         Standing::Alone(held) => held,
@@ -90,11 +99,13 @@ pub async fn run(config: Config, source: Source, names_for_host: bool) -> Result
         interfaces,
         planned: None,
         saving: saved.map(|saved| Saving::new(saved, as_of.is_none())),
-        links_changed,
-        finder,
+        at_links,
     };
     // Names are answered at an address that the host may get only now.
-    let set_up = daemon.set_up_host().await.and_then(|()| responder::start(&daemon.state));
+    let set_up = daemon.set_up_host().await.and_then(|()| match early_responder {
+        Some(responder) => Ok(Some(responder)),
+        None => daemon.start_responder(),
+    });
     if names_for_host && set_up.is_ok() {
         local_names::announce(&daemon.state.config);
     }
@@ -172,21 +183,10 @@ fn require_environment() -> Result<()> {
     sysctl::require_forwarding(Family::V4)
 }
 
-/// Starts the packet threads.
-fn start(tun: Tun, shared: &Arc<Shared>) -> Result<PacketPath> {
-    PacketPath::start(tun, Arc::clone(shared)).map_err(|error| match error.kind() {
-        ErrorKind::PermissionDenied => {
-            Lacking(format!("packetPath: links needs CAP_NET_RAW to send on links: {error}")).into()
-        }
-        _ => anyhow::Error::new(error).context("cannot start the packet threads"),
-    })
-}
-
 /// The settings of the packet path.
 fn settings(config: &Config, first: &Update, interfaces: &[IpAddr]) -> Result<Settings> {
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     Ok(Settings {
-        workers: config.workers.unwrap_or_else(|| cpus.min(8)),
+        workers: workers(config),
         flow_capacity: config.flow_table_size,
         masquerade_addresses: masquerade_addresses(config, first, interfaces)?,
         masquerade_ports: config.masquerade_ports.range(),
@@ -197,26 +197,10 @@ fn settings(config: &Config, first: &Update, interfaces: &[IpAddr]) -> Result<Se
     })
 }
 
-/// The link, which outlives us: the one that is there already, unless it is of another kind.
-async fn open_link(host: &Host, queues: usize) -> Result<Tun> {
-    let tun = match Tun::open(LINK, queues) {
-        Err(error) if error.kind() == ErrorKind::InvalidInput => {
-            host.remove_link().await?;
-            Tun::open(LINK, queues)
-        }
-        result => result,
-    };
-    let persistent = tun.and_then(|tun| tun.persist().map(|()| tun));
-    persistent.map_err(|error| match error.kind() {
-        ErrorKind::PermissionDenied => {
-            anyhow::Error::new(Lacking(format!("cannot make the link {LINK}: needs CAP_NET_ADMIN: {error}")))
-        }
-        ErrorKind::NotFound => anyhow::Error::new(Lacking(format!("no TUN device: {error}"))),
-        ErrorKind::ResourceBusy => {
-            anyhow::Error::new(Lacking(format!("the link {LINK} belongs to another program: {error}")))
-        }
-        _ => anyhow::Error::new(error).context(format!("cannot make the link {LINK}")),
-    })
+/// Packet threads.
+fn workers(config: &Config) -> usize {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    config.workers.unwrap_or_else(|| cpus.min(8))
 }
 
 /// The address in each family that stands in for clients: the Node's, where this host has it, else the host's first.
@@ -274,10 +258,7 @@ struct Daemon {
     planned: Option<u64>,
     /// Keeps objects for the next process, where their source may be out of reach then.
     saving: Option<Saving>,
-    /// Told when links come or go, where packets are taken at links.
-    links_changed: Arc<Notify>,
-    /// Finds ways for packets that are sent on links.
-    finder: Option<JoinHandle<Result<()>>>,
+    at_links: AtLinks,
 }
 
 impl Daemon {
@@ -287,6 +268,12 @@ impl Daemon {
         self.planned = Some(table.host_version());
         tracing::info!(changes = changes.len(), "host is set up");
         Ok(())
+    }
+
+    fn start_responder(&self) -> Result<Option<Responder>> {
+        let State { config, names, upstreams, .. } = &*self.state;
+        let both = config.dns.as_ref().zip(names.as_ref());
+        both.map(|(dns, names)| responder::start(dns, names, upstreams.as_ref())).transpose()
     }
 
     async fn serve(&mut self, feed: Feed, path: &PacketPath, signals: &mut Signals) -> Result<()> {
@@ -330,9 +317,7 @@ impl Daemon {
                     if !path.is_running() {
                         bail!("the link {LINK} was taken away");
                     }
-                    if let Some(finder) = self.finder.take_if(|finder| finder.is_finished()) {
-                        finder.await?.context("packetPath: links")?;
-                    }
+                    self.at_links.check().await?;
                     lives::tell(&self.state);
                     watchdog.ping();
                     if !has_retired && self.state.retiring.load(Relaxed) {
@@ -342,7 +327,7 @@ impl Daemon {
                     }
                 }
                 _ = look.tick() => self.look().await?,
-                () = self.links_changed.notified() => {
+                () = self.at_links.changed() => {
                     if let Err(error) = self.host.follow_links().await {
                         tracing::warn!(error = format!("{error:#}"), "packets of a new link go the ordinary way until the next look");
                     }

@@ -6,12 +6,14 @@
 
 pub mod address;
 pub mod admin;
+mod at_links;
 pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod demo;
 pub mod dns;
 pub mod drains;
+pub mod early;
 pub mod events;
 pub mod first;
 pub mod headless;

@@ -1,17 +1,15 @@
-//! The responder's part of the daemon: made of the configuration, started once the host has its addresses.
+//! The responder's part of the daemon: made of the configuration, started where the host has its addresses.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
-use jiff::Timestamp;
-use sluice_dataplane::dns::{Answerer, Server, ServerSettings, Upstream};
+use sluice_dataplane::dns::{Answerer, Server, ServerSettings, Upstream, Zone};
+use sluice_dataplane::packet_path::Names;
 use tokio::task::JoinHandle;
 
 use crate::config::{Config, Dns};
 use crate::host::Lacking;
-use crate::publish::Publisher;
-use crate::state::State;
 use crate::upstream::Upstreams;
 
 /// Sockets for datagrams to each address, at most.
@@ -36,35 +34,36 @@ impl Drop for Responder {
     }
 }
 
-/// Who answers, when names are configured. Nothing is known yet.
+/// Who answers, when names are configured: the responder, and so many packet threads. Nothing is known yet.
 #[must_use]
-pub fn answerer(
-    config: &Config,
-    publisher: &mut Publisher,
-    upstreams: Option<Arc<Upstreams>>,
-) -> Option<Arc<Answerer>> {
+pub fn answerer(config: &Config, upstreams: Option<Arc<Upstreams>>, packet_threads: usize) -> Option<Arc<Answerer>> {
     let dns = config.dns.as_ref()?;
-    let zone = publisher.zone(Timestamp::now())?;
     let upstream = upstreams.map(|upstreams| upstreams as Arc<dyn Upstream>);
-    Some(Answerer::new(zone, upstream, settings(dns).answering()))
+    let threads = settings(dns).answering() + packet_threads;
+    Some(Answerer::new(Arc::new(Zone::unknown(dns.zone())), upstream, threads))
 }
 
-/// Opens the sockets, when names are configured.
+/// What the packet threads need for answering names. Made for the threads that `names` was made for.
+#[must_use]
+pub fn for_packet_threads(dns: &Dns, names: &Arc<Answerer>) -> Names {
+    Names { answerer: Arc::clone(names), listen: dns.listen.clone().into(), first_thread: settings(dns).answering() }
+}
+
+/// Opens the sockets. The host must have their addresses.
 ///
 /// # Errors
 /// When an address cannot be listened on.
-pub fn start(state: &State) -> Result<Option<Responder>> {
-    let (Some(dns), Some(answerer)) = (&state.config.dns, &state.names) else { return Ok(None) };
-    let server = Server::start(answerer, &settings(dns)).map_err(|error| {
+pub fn start(dns: &Dns, names: &Arc<Answerer>, upstreams: Option<&Arc<Upstreams>>) -> Result<Responder> {
+    let server = Server::start(names, &settings(dns)).map_err(|error| {
         Lacking(format!("names cannot be answered at {error}: choose another address with dns.listen"))
     })?;
     let listen: Vec<String> = dns.listen.iter().map(ToString::to_string).collect();
-    tracing::info!(listen = listen.join(" "), services = answerer.zone().len(), "answering names");
-    if state.upstreams.is_none() {
+    tracing::info!(listen = listen.join(" "), services = names.zone().len(), "answering names");
+    if upstreams.is_none() {
         tracing::info!("no server is configured for names outside: they are refused");
     }
-    let loops = state.upstreams.clone().map(|upstreams| tokio::spawn(upstreams.watch_for_loops()));
-    Ok(Some(Responder { _server: server, loops }))
+    let loops = upstreams.map(|upstreams| tokio::spawn(Arc::clone(upstreams).watch_for_loops()));
+    Ok(Responder { _server: server, loops })
 }
 
 fn settings(dns: &Dns) -> ServerSettings {

@@ -5,6 +5,7 @@ use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -34,7 +35,7 @@ pub struct ServingPod {
 /// The whole set-up. Dropping it stops the daemon and removes everything.
 pub struct Cluster {
     /// Namespaces.
-    pub topology: Topology,
+    pub topology: Arc<Topology>,
     /// Pods, the first made first.
     pub pods: Vec<ServingPod>,
     folder: tempfile::TempDir,
@@ -50,7 +51,7 @@ impl Cluster {
         let folder = tempfile::tempdir().context("a folder for manifests and state")?;
         fs::create_dir(folder.path().join("manifests"))?;
         fs::write(folder.path().join("config.yaml"), "localControllers: false\n")?;
-        let topology = Topology::new(TopologyConfig::default())?;
+        let topology = Arc::new(Topology::new(TopologyConfig::default())?);
         let cluster = Self {
             topology,
             pods: Vec::new(),
@@ -171,8 +172,14 @@ impl Cluster {
 
     /// Starts the daemon and waits until it serves.
     pub fn start(&mut self) -> Result<()> {
-        self.daemon = Some(self.spawn()?);
+        self.begin()?;
         self.wait_until_served()
+    }
+
+    /// Starts the daemon, which may not get to serve yet.
+    pub fn begin(&mut self) -> Result<()> {
+        self.daemon = Some(self.spawn()?);
+        Ok(())
     }
 
     /// The daemon of the state directory `state`; the log goes on from that of the last one.
@@ -181,7 +188,8 @@ impl Cluster {
         Ok(self.run_command("state").stderr(log).stdout(Stdio::null()).spawn()?)
     }
 
-    fn wait_until_served(&mut self) -> Result<()> {
+    /// Waits until a daemon that was begun serves.
+    pub fn wait_until_served(&mut self) -> Result<()> {
         let deadline = Instant::now() + SOON;
         while self.generation().is_err() {
             if let Some(status) = self.daemon.as_mut().and_then(|daemon| daemon.try_wait().transpose()) {

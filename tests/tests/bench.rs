@@ -3,7 +3,8 @@
 
 use std::process::{Command, Output};
 
-use serde_json::Value;
+use serde_json::{Value, json};
+use sluice_tests::cluster::Cluster;
 use sluice_tests::{can_run_in_namespaces, control_plane, kube_proxy, sluice_binary};
 
 fn bench(arguments: &[&str]) -> Output {
@@ -110,4 +111,64 @@ fn many_services_and_flows_are_compared_with_few() {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         assert_eq!(rows(&read())[1]["peer"], "kube-proxy");
     }
+}
+
+#[test]
+fn questions_are_asked_and_their_codes_checked() {
+    if !can_run_in_namespaces("sluice-bench dns") {
+        return;
+    }
+    let mut cluster = Cluster::new().unwrap();
+    cluster.configure("localControllers: false\nserviceCIDRs: [10.96.0.0/16]\ndns: {upstreams: []}\n").unwrap();
+    let object = |index: usize| {
+        let ip = if index % 5 == 4 { "None".to_owned() } else { format!("10.96.1.{index}") };
+        let labels =
+            json!({"kubernetes.io/service-name": format!("other-{index}"), "service.kubernetes.io/headless": ""});
+        let service = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"namespace": "default", "name": format!("other-{index}")},
+            "spec": {"clusterIP": ip, "clusterIPs": [ip], "ipFamilies": ["IPv4"], "ports": [{"name": "http", "port": 80, "protocol": "TCP"}]}});
+        let slice = json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {"namespace": "default", "name": format!("other-{index}-1"), "labels": labels},
+            "endpoints": [{"addresses": [format!("10.244.1.{index}")]}], "ports": [{"name": "http", "port": 80, "protocol": "TCP"}]});
+        [service, slice]
+    };
+    cluster.write("others.json", &(0..10).flat_map(object).collect::<Vec<_>>()).unwrap();
+    cluster.start().unwrap();
+    let dns = |more: &[&str]| {
+        let program = sluice_binary().with_file_name("sluice-bench");
+        let mut command = cluster.topology.client.command(program);
+        command.args(["dns", "--target", "169.254.20.10:53", "--duration", "300ms", "--warmup", "50ms", "--json"]);
+        let output = command.args(more).output().unwrap();
+        let report: Value = serde_json::from_slice(&output.stdout)
+            .unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&output.stderr)));
+        (output.status.code(), report)
+    };
+    for more in [&["--services", "10"][..], &["--services", "10", "--rate", "500", "--threads", "1", "--edns", "1232"]]
+    {
+        let (code, report) = dns(more);
+        assert_eq!(code, Some(0), "{report}");
+        assert!(number(&report, "/codes/NOERROR") > number(&report, "/codes/NXDOMAIN"), "{report}");
+        assert!(number(&report, "/result/rate") > 100.0 && report["unexpectedCodes"] == 0, "{report}");
+    }
+    let list = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(list.path(), "other-1.default.svc.cluster.local A NXDOMAIN\n").unwrap();
+    let (code, report) = dns(&["--names", list.path().to_str().unwrap()]);
+    assert_eq!(code, Some(1), "a wrong code is an error");
+    assert_eq!(report["unexpectedCodes"], report["codes"]["NOERROR"]);
+}
+
+#[test]
+fn name_servers_are_compared_on_the_objects_of_an_api_server() {
+    const WHAT: &str = "sluice-bench dns-compare";
+    if !can_run_in_namespaces(WHAT) || !control_plane::can_run(WHAT) {
+        return;
+    }
+    let short = ["--services", "20", "--endpoints", "60", "--rounds", "2", "--seconds", "300ms"];
+    let report = report(&[&["dns-compare"][..], &short, &["--changes", "2", "--cached-changes", "0"]].concat());
+    let sluice = &report["peers"][0];
+    assert_eq!(
+        (&sluice["name"], &sluice["wrongAnswers"], &sluice["unseenChanges"]),
+        (&json!("sluice"), &json!(0), &json!(0))
+    );
+    assert!(number(sluice, "/questionsPerSecond/median") > 100.0 && number(sluice, "/changeMicroseconds/count") == 2.0);
+    assert!(number(sluice, "/paced/0/latencyMicroseconds/p99") > 0.0, "{sluice}");
 }

@@ -53,6 +53,7 @@ fn the_example_is_played_without_an_error() {
     assert_eq!(output.status.code(), Some(0), "{text}{}", String::from_utf8_lossy(&output.stderr));
     assert!(!text.contains('\x1b'), "no colours into a pipe: {text}");
     let last = text.lines().last().unwrap();
+    assert!(text.contains(" changes of Pods' names answered after p50 "), "{text}");
     assert!(last.contains(" 0 errors,") && last.contains("refused as they should be"), "{last}");
     for service in ["shop/web http 80/TCP", "shop/api rest 80/TCP", "shop/names query 53/UDP", "shop/store-read"] {
         assert!(text.contains(service), "{service}: {text}");

@@ -14,6 +14,8 @@ use serde_json::Value;
 use sluice_bench::client::{Target, ask};
 use sluice_bench::link::{LinkConfig, configure};
 use sluice_bench::netns::NetNs;
+use sluice_control::config::Config;
+use sluice_tests::apply;
 use sluice_tests::cluster::{Cluster, SOON};
 use sluice_tests::control_plane::{self, ControlPlane};
 use sluice_tests::kube_proxy::has_tool;
@@ -34,8 +36,7 @@ fn folder(name: &str) -> PathBuf {
 }
 
 fn objects(text: &str) -> Vec<Value> {
-    let documents: Vec<Value> = serde_saphyr::from_multiple(text).unwrap();
-    documents.into_iter().filter(|document| !document.is_null()).collect()
+    apply::documents(text).unwrap()
 }
 
 fn kustomize(name: &str) -> Vec<Value> {
@@ -111,6 +112,37 @@ fn the_program_knows_every_argument_and_key() {
     }
 }
 
+#[test]
+fn with_dns_names_are_answered() {
+    const WHAT: &str = "names in the manifests";
+    if !has_kubectl(WHAT) {
+        return;
+    }
+    for overlay in OVERLAYS {
+        let objects = kustomize(overlay);
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), find(&objects, "ConfigMap")["data"]["sluice.yaml"].as_str().unwrap()).unwrap();
+        let (config, _) = Config::read(file.path()).unwrap();
+        let container = &find(&objects, "DaemonSet")["spec"]["template"]["spec"]["containers"][0];
+        let says = |list: &Value, word: &str| list.as_array().unwrap().iter().any(|item| item == word);
+        let is_with_dns = overlay == "overlays/with-dns";
+        assert_eq!(config.dns.is_some(), is_with_dns, "{overlay}");
+        // Its --config is kube-proxy's.
+        assert_eq!(says(&container["args"], "--dns-config=/etc/sluice/sluice.yaml"), is_with_dns, "{overlay}");
+        let capabilities = &container["securityContext"]["capabilities"]["add"];
+        assert_eq!(says(capabilities, "NET_BIND_SERVICE"), is_with_dns, "{overlay}");
+        if let Some(dns) = config.dns {
+            assert_eq!(dns.listen, ["169.254.20.10:53".parse().unwrap()]);
+            assert_eq!(dns.service.as_deref(), Some("kube-system/kube-dns"));
+            // Names of a namespace that is not there do not exist.
+            assert!(objects.iter().any(|object| {
+                let rules = object["rules"].as_array().into_iter().flatten();
+                object["kind"] == "ClusterRole" && rules.into_iter().any(|rule| says(&rule["resources"], "namespaces"))
+            }));
+        }
+    }
+}
+
 /// Without what only one of Helm and Kustomize writes.
 fn normal(object: &Value) -> (String, Value) {
     let mut object = object.clone();
@@ -137,6 +169,17 @@ fn normal(object: &Value) -> (String, Value) {
         }
     }
     (format!("{} {}", object["kind"], object["metadata"]["name"]), object)
+}
+
+#[test]
+fn what_the_systemd_unit_does_not_allow_is_refused_and_ends_nothing() {
+    let unit = std::fs::read_to_string(folder("systemd/sluice.service")).unwrap();
+    let value = |key: &str| unit.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+    assert!(value("SystemCallFilter").is_some());
+    // Without it systemd ends the daemon for bpf(2), which it tries where it has several packet threads.
+    assert_eq!(value("SystemCallErrorNumber"), Some("EPERM"));
+    // The second for port 53.
+    assert_eq!(value("CapabilityBoundingSet"), Some("CAP_NET_ADMIN CAP_NET_BIND_SERVICE"));
 }
 
 #[test]

@@ -382,7 +382,9 @@ fn the_address_of_kube_dns_is_answered_here() {
         return;
     }
     let mut cluster = Cluster::new().unwrap();
-    let dns = format!("dns: {{listen: ['{LISTEN}'], upstreams: [], service: default/kube-dns}}\n");
+    let one = BTreeMap::from([("real.example.org", vec![Ipv4Addr::new(192, 0, 2, 1)])]);
+    let _upstream = NameServer::start(&cluster.topology.client, "192.168.50.2:53".parse().unwrap(), one).unwrap();
+    let dns = format!("dns: {{listen: ['{LISTEN}'], upstreams: [192.168.50.2], service: default/kube-dns}}\n");
     cluster.configure(&format!("{CONFIG}{dns}")).unwrap();
     cluster.arguments(&["--dns-local"]);
     cluster.add_pod(1).unwrap();
@@ -397,13 +399,21 @@ fn the_address_of_kube_dns_is_answered_here() {
     cluster.start().unwrap();
     let pod = cluster.pods[0].pod.ns.clone();
     let server: SocketAddr = "10.96.0.10:53".parse().unwrap();
-    for ns in [&pod, &cluster.topology.node, &cluster.topology.client] {
-        for by in [By::Datagram, By::Connection] {
-            let name = "db.default.svc.cluster.local.";
+    let flows = || cluster.metric("sluice_flow_table_entries").unwrap();
+    for (by, is_flow) in [(By::Datagram, false), (By::Connection, true)] {
+        for ns in [&pod, &cluster.topology.node, &cluster.topology.client] {
+            let (name, before) = ("db.default.svc.cluster.local.", flows());
             let answer = ns.run(|| ask(server, by, name, "A", None, SOON)).unwrap();
             assert_eq!(answer.answers.len(), 3, "{by:?}");
+            assert_eq!(flows() > before, is_flow, "a datagram is answered where it is: {by:?}");
         }
     }
+    // The zone does not know: the responder does, and asks.
+    for by in [By::Datagram, By::Connection] {
+        let answer = pod.run(|| ask(server, by, "real.example.org.", "A", None, SOON)).unwrap();
+        assert_eq!(answer.answers.len(), 1, "{by:?}");
+    }
+    assert!(flows() > 3.0 && cluster.metric("coredns_dns_requests_total{").unwrap() >= 8.0);
     assert!(cluster.log().contains("nameserver 169.254.20.10") || cluster.log().contains("systemd-resolved"));
 }
 

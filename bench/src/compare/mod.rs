@@ -1,6 +1,7 @@
 //! How do peers compare: all of them in one run, interleaved round by round, as ratios to dialling the Pods directly.
 
 mod chart;
+pub(crate) mod dns;
 mod flows;
 mod hop;
 pub(crate) mod html;

@@ -1,13 +1,14 @@
 //! What load is put on a target, and what came of it.
 
 mod bulk;
+pub mod dns;
 mod exchange;
 mod meter;
+pub mod questions;
 mod schedule;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -194,47 +195,58 @@ struct Share {
 /// Puts a load on its targets from inside `ns` (`None`: where the caller is) and waits for its end.
 ///
 /// `watch` gets a sample ten times a second.
-pub fn run(ns: Option<&NetNs>, plan: &Plan, mut watch: impl FnMut(&Sample)) -> Result<Outcome> {
+pub fn run(ns: Option<&NetNs>, plan: &Plan, watch: impl FnMut(&Sample)) -> Result<Outcome> {
     plan.check()?;
     let threads = match plan.workload {
         Workload::Bulk => plan.connections,
         Workload::Cps | Workload::Rr => plan.threads.clamp(1, plan.connections),
     };
-    let lives: Arc<[Live]> = (0..threads).map(|_| Live::default()).collect();
+    drive(ns, plan, threads, watch, |plan, share, times, live| match plan.workload {
+        Workload::Bulk => Ok(bulk::run(plan, share, times, live)),
+        Workload::Cps | Workload::Rr => exchange::run(plan, share, times, live),
+    })
+}
+
+/// Runs `work` in so many threads, each with its share of the connections, and adds up what they measured.
+fn drive(
+    ns: Option<&NetNs>,
+    plan: &Plan,
+    threads: usize,
+    mut watch: impl FnMut(&Sample),
+    work: impl Fn(&Plan, Share, Times, &Live) -> Result<Meter> + Sync,
+) -> Result<Outcome> {
+    let lives: Vec<Live> = (0..threads).map(|_| Live::default()).collect();
     // Threads start together, after the slowest was made.
     let start = Instant::now() + Duration::from_millis(5 + threads as u64 / 20);
     let begin = start + plan.warmup;
     let times = Times { start, begin, end: begin + plan.duration };
-    let mut running = Vec::with_capacity(threads);
-    for index in 0..threads {
-        let connections = plan.connections / threads + usize::from(index < plan.connections % threads);
-        let share = Share { index, threads, connections };
-        let (ns, plan, lives) = (ns.cloned(), plan.clone(), Arc::clone(&lives));
-        let body = move || -> Result<Meter> {
-            if let Some(ns) = ns {
-                ns.enter()?;
-            }
-            thread::sleep(times.start.saturating_duration_since(Instant::now()));
-            let live = &lives[share.index];
-            meter::with_cpu(|| match plan.workload {
-                Workload::Bulk => Ok(bulk::run(&plan, share, times, live)),
-                Workload::Cps | Workload::Rr => exchange::run(&plan, share, times, live),
-            })
-        };
-        running.push(
-            thread::Builder::new().name(format!("load {index}")).spawn(body).context("cannot start a load's thread")?,
-        );
-    }
-    let samples =
-        meter::sample(&lives, plan, times, &mut watch, || running.iter().all(thread::JoinHandle::is_finished));
-    let mut sum = Meter::default();
-    for thread in running {
-        match thread.join() {
-            Ok(meter) => sum.merge(&meter?),
-            Err(panic) => std::panic::resume_unwind(panic),
+    thread::scope(|scope| {
+        let mut running = Vec::with_capacity(threads);
+        for (index, live) in lives.iter().enumerate() {
+            let connections = plan.connections / threads + usize::from(index < plan.connections % threads);
+            let share = Share { index, threads, connections };
+            let (ns, work) = (ns.cloned(), &work);
+            let body = move || -> Result<Meter> {
+                if let Some(ns) = ns {
+                    ns.enter()?;
+                }
+                thread::sleep(times.start.saturating_duration_since(Instant::now()));
+                meter::with_cpu(|| work(plan, share, times, live))
+            };
+            let builder = thread::Builder::new().name(format!("load {index}"));
+            running.push(builder.spawn_scoped(scope, body).context("cannot start a load's thread")?);
         }
-    }
-    Ok(sum.outcome(plan, samples))
+        let all_ended = || running.iter().all(thread::ScopedJoinHandle::is_finished);
+        let samples = meter::sample(&lives, plan, times, &mut watch, all_ended);
+        let mut sum = Meter::default();
+        for thread in running {
+            match thread.join() {
+                Ok(meter) => sum.merge(&meter?),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        Ok(sum.outcome(plan, samples))
+    })
 }
 
 /// Asks once, as `cps` does; for finding out whether a target serves.

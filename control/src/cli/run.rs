@@ -52,6 +52,9 @@ pub struct Args {
     /// After handing over to another daemon wait for SIGTERM instead of ending, as in a DaemonSet
     #[arg(long)]
     linger: bool,
+    /// Take the key `dns` of this configuration file: for a --config that is kube-proxy's, which knows no names
+    #[arg(long, value_name = "FILE")]
+    dns_config: Option<PathBuf>,
     /// Let programs of this machine find the names: tells systemd-resolved, or says which line to put into resolv.conf
     #[arg(long)]
     dns_local: bool,
@@ -102,6 +105,11 @@ pub fn run(mut args: Args) -> Result<ExitCode> {
     config.leave_on_stop |= args.leave_on_stop;
     config.linger |= args.linger;
     config.workers = args.workers.or(config.workers);
+    if let Some(path) = &args.dns_config {
+        let dns = Config::read(path)?.0.dns;
+        let reason = "dns: missing: this file is read for nothing else (--dns-config)";
+        config.dns = Some(dns.ok_or_else(|| ConfigError::new(path.display().to_string(), reason))?);
+    }
     if args.dns_local {
         config.dns.get_or_insert_default();
     }

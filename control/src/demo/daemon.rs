@@ -13,6 +13,7 @@ use nix::unistd::Pid;
 use sluice_bench::netns::NetNs;
 
 use super::interrupt::Interrupt;
+use super::naming::LISTEN;
 use crate::host::Lacking;
 
 /// Where its admin API listens, inside the node's namespace.
@@ -49,7 +50,8 @@ impl Daemon {
         // The demo plays the controllers and names the ranges that they allocate from.
         let ranges: Vec<String> =
             crate::config::Config::default().service_cidrs().iter().map(ToString::to_string).collect();
-        let text = serde_json::json!({"localControllers": false, "prune": true, "serviceCIDRs": ranges});
+        let text = serde_json::json!({"localControllers": false, "prune": true, "serviceCIDRs": ranges,
+            "dns": {"listen": [LISTEN], "upstreams": []}});
         fs::write(&config, text.to_string()).context("cannot write the daemon's configuration")?;
         let log = folder.join("daemon.log");
         let program = std::env::current_exe().context("cannot find this program")?;

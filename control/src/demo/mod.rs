@@ -2,7 +2,7 @@
 //!
 //! [`workloads`] says which Pods the manifests ask for, [`pods`] runs them, [`cluster`] publishes what a cluster's API
 //! would serve, [`daemon`] runs `sluice run` on it, [`traffic`] dials [`frontends`], [`rollout`] changes the cluster
-//! meanwhile, [`report`] sums up.
+//! meanwhile, [`naming`] asks for names, [`report`] sums up.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -26,6 +26,7 @@ mod folder;
 mod frontends;
 mod interrupt;
 mod names;
+mod naming;
 mod pods;
 mod progress;
 mod report;
@@ -41,6 +42,7 @@ use environment::Privilege;
 use folder::DemoFolder;
 use frontends::{Expect, Frontends, Surroundings, frontends};
 use interrupt::Interrupt;
+use naming::Naming;
 use pods::Pods;
 use progress::{Progress, grouped};
 use report::{Report, Results, report};
@@ -70,6 +72,7 @@ pub fn run(manifests: Option<&Path>) -> Result<bool> {
         cluster: Cluster::new(&manifests, &node)?,
         pods: Pods::new(&topology),
         daemon: None,
+        naming: None,
         served: BTreeSet::new(),
         fates: BTreeMap::new(),
         interrupt: interrupt.clone(),
@@ -92,6 +95,7 @@ pub fn run(manifests: Option<&Path>) -> Result<bool> {
     progress.doing("starting the daemon");
     let begun = Instant::now();
     stage.daemon = Some(Daemon::start(&topology.node, cluster::NODE, folder.path(), &manifests, &interrupt)?);
+    stage.naming = Some(Naming::new(&client.ns, &stage.cluster.slices())?);
     let around = Surroundings {
         outside: topology.config.client.iter().map(ipnet::IpNet::addr).filter(is_usable).collect(),
         families: Family::BOTH.into_iter().filter(|family| *family == Family::V4 || has_ipv6()).collect(),
@@ -124,7 +128,8 @@ pub fn run(manifests: Option<&Path>) -> Result<bool> {
 
     let summary = report(Results { lanes: &results, endpoints: stage.cluster.endpoints_ever(), fates: &stage.fates });
     let problems = stage.cluster.problems().iter().map(ToString::to_string).collect();
-    conclude(&progress, &summary, tables, &[plan.notes, notes, problems].concat(), stopped.transpose().err())
+    let naming = stage.naming.as_ref().and_then(Naming::summary);
+    conclude(&progress, &summary, tables, naming, &[plan.notes, notes, problems].concat(), stopped.transpose().err())
 }
 
 fn generation(stage: &Stage<'_>) -> Result<u64> {
@@ -208,6 +213,7 @@ fn conclude(
     progress: &Progress,
     report: &Report,
     tables: u64,
+    naming: Option<String>,
     notes: &[String],
     stop: Option<anyhow::Error>,
 ) -> Result<bool> {
@@ -233,6 +239,7 @@ fn conclude(
         report::quantile(&report.latency, 0.99),
         report::quantile(&report.latency, 1.0),
     );
+    lines.extend(naming);
     if let Some(error) = stop {
         lines.push(paint.red(&format!("failed: {error:#}")));
     }

@@ -1,7 +1,7 @@
 //! What is done to the cluster under load: a rolling update of every workload, then a scale-up.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use sluice_dataplane::table::ServiceName;
@@ -9,6 +9,7 @@ use sluice_dataplane::table::ServiceName;
 use super::cluster::{Cluster, apply};
 use super::daemon::Daemon;
 use super::interrupt::Interrupt;
+use super::naming::Naming;
 use super::pods::Pods;
 use super::workloads::{Roll, Workload};
 use crate::object::{Key, Kind, Object};
@@ -46,6 +47,8 @@ pub(super) struct Stage<'t> {
     pub(super) daemon: Option<Daemon>,
     /// Services that have endpoints, and so a table to change with them.
     pub(super) served: BTreeSet<ServiceName>,
+    /// Follows the names of Pods; `None` before the daemon answers.
+    pub(super) naming: Option<Naming>,
     /// What became of every Pod, by namespace and name.
     pub(super) fates: BTreeMap<ServiceName, Fate>,
     /// Signals.
@@ -139,7 +142,17 @@ impl Stage<'_> {
             self.fates.insert(name.clone(), fate);
             gone.push(crate::source::Change::Delete(Key::new(Kind::Pod, name)));
         }
-        self.cluster.update(gone).map(drop)
+        self.change(gone).map(drop)
+    }
+
+    /// Changes the cluster, and waits until names show it. Returns the Services whose slices changed.
+    fn change(&mut self, changes: Vec<crate::source::Change>) -> Result<Vec<ServiceName>> {
+        let begun = Instant::now();
+        let touched = self.cluster.update(changes)?;
+        if let Some(naming) = &mut self.naming {
+            naming.follow(&self.cluster.slices(), &touched, begun, &self.interrupt)?;
+        }
+        Ok(touched)
     }
 
     /// Publishes, and waits until new connections go by it.
@@ -148,7 +161,7 @@ impl Stage<'_> {
             return Ok(());
         }
         let generation = self.daemon.as_ref().map(Daemon::generation).transpose()?;
-        let touched = self.cluster.update(changes)?;
+        let touched = self.change(changes)?;
         if let (Some(daemon), Some(generation)) = (&mut self.daemon, generation)
             && touched.iter().any(|service| self.served.contains(service))
         {

@@ -4,6 +4,7 @@
 //! removed by [`clean_up`]. Order of set-up: link, nftables, routes, then the rules that send packets our way.
 
 use std::collections::BTreeSet;
+use std::io::ErrorKind;
 use std::net::IpAddr;
 use std::process::Command;
 
@@ -15,6 +16,7 @@ use hand_over::{HandOver, Ours};
 use ingress::Ingress;
 pub use plan::Plan;
 use sluice_dataplane::flow::FlowView;
+use sluice_dataplane::packet_path::Tun;
 
 mod conntrack;
 mod hand_over;
@@ -84,6 +86,36 @@ impl Host {
     /// Addresses of the host, loopback and link-local ones left out.
     pub async fn addresses(&self) -> anyhow::Result<Vec<IpAddr>> {
         link::addresses(&self.netlink).await
+    }
+
+    /// Opens the link, which goes with its last queue: the one that is there already, unless it is of another kind.
+    ///
+    /// # Errors
+    /// What is [`Lacking`], mostly.
+    pub async fn open_link(&self, queues: usize) -> anyhow::Result<Tun> {
+        let tun = match Tun::open(LINK, queues) {
+            Err(error) if error.kind() == ErrorKind::InvalidInput => {
+                self.remove_link().await?;
+                Tun::open(LINK, queues)
+            }
+            result => result,
+        };
+        tun.map_err(|error| match error.kind() {
+            ErrorKind::PermissionDenied => {
+                anyhow::Error::new(Lacking(format!("cannot make the link {LINK}: needs CAP_NET_ADMIN: {error}")))
+            }
+            ErrorKind::NotFound => anyhow::Error::new(Lacking(format!("no TUN device: {error}"))),
+            ErrorKind::ResourceBusy => {
+                anyhow::Error::new(Lacking(format!("the link {LINK} belongs to another program: {error}")))
+            }
+            _ => anyhow::Error::new(error).context(format!("cannot make the link {LINK}")),
+        })
+    }
+
+    /// Brings the link up with addresses where names are answered. [`Self::apply`] does that too, and the rest.
+    pub async fn set_up_names(&self, addresses: &BTreeSet<IpAddr>) -> anyhow::Result<()> {
+        link::set_up(&self.netlink).await?;
+        link::set_addresses(&self.netlink, addresses).await.map(drop)
     }
 
     /// Brings the host to this plan, whatever it is at now. Returns what had to be changed: empty when all was right.

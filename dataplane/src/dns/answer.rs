@@ -18,7 +18,9 @@ const SCHEMA_VERSION: &str = "1.1.0";
 /// Its time to live.
 const VERSION_TTL: u32 = 28_800;
 /// Negative answers live no longer.
-const NEGATIVE_TTL: u32 = 300;
+pub(super) const NEGATIVE_TTL: u32 = 300;
+/// Refresh, retry and expiry of the zone, in seconds: CoreDNS's.
+pub(super) const SOA_TIMES: [u32; 3] = [7200, 1800, 86400];
 /// Aliases that are followed.
 const LONGEST_CHAIN: usize = 10;
 
@@ -306,7 +308,8 @@ impl Asked<'_> {
             name.and_then(|name| name.append_domain(&self.origin)).unwrap_or_else(|_| self.origin.clone())
         };
         let (server, mail, ttl) = (below(&["ns", "dns"]), below(&["hostmaster"]), self.zone.settings.ttl);
-        let soa = SOA::new(server, mail, self.zone.serial, 7200, 1800, 86400, ttl);
+        let [refresh, retry, expire] = SOA_TIMES;
+        let soa = SOA::new(server, mail, self.zone.serial, refresh as i32, retry as i32, expire as i32, ttl);
         Record { owner: Some(self.origin.clone()), ttl: ttl.min(NEGATIVE_TTL), data: RData::SOA(soa) }
     }
 }

@@ -87,6 +87,30 @@ impl Answerer {
         }
     }
 
+    /// Answers a datagram from the zone alone. When the zone does not know, or there is something wrong with the question,
+    /// nothing is counted and nothing is in `out`: it is for [`Self::handle`].
+    #[expect(clippy::disallowed_methods, reason = "how long clients wait is measured where they wait")]
+    pub(crate) fn answer_now(
+        &self,
+        message: &[u8],
+        from: &SocketAddr,
+        (thread, rng): (usize, &mut Rng),
+        out: &mut Vec<u8>,
+    ) -> bool {
+        let begun = Instant::now();
+        if self.answer_quickly(message, (Transport::Udp, from), (thread, rng), begun, out) {
+            return true;
+        }
+        let Ok(request) = read(message) else { return false };
+        let Resolution::Answer(answer) = self.zone.load().resolve(&request.question, rng) else { return false };
+        let by = Transport::Udp;
+        encode(&request, &answer, by, self.upstream.is_some(), out);
+        let counters = &self.counters[thread];
+        counters.asked(by, from, request.question.kind, message.len(), request.dnssec_ok());
+        counters.answered(by, Source::Zone, answer.code, out.len(), begun.elapsed());
+        true
+    }
+
     /// Handles a message. The answer is in `out` when there is one now; one that comes later goes to what `later` makes.
     #[expect(clippy::disallowed_methods, reason = "how long clients wait is measured where they wait")]
     pub(super) fn handle(
@@ -98,6 +122,9 @@ impl Answerer {
         later: impl FnOnce() -> Reply,
     ) -> bool {
         let begun = Instant::now();
+        if self.answer_quickly(message, (by, from), (thread, rng), begun, out) {
+            return true;
+        }
         let counters = &self.counters[thread];
         let request = match read(message) {
             Ok(request) => request,
@@ -133,6 +160,21 @@ impl Answerer {
         };
         self.forward(&next, Box::new(then));
         false
+    }
+
+    fn answer_quickly(
+        &self,
+        message: &[u8],
+        (by, from): (Transport, &SocketAddr),
+        (thread, rng): (usize, &mut Rng),
+        begun: Instant,
+        out: &mut Vec<u8>,
+    ) -> bool {
+        let Some(quick) = self.zone.load().quick(message, by, self.upstream.is_some(), rng, out) else { return false };
+        let counters = &self.counters[thread];
+        counters.asked(by, from, quick.kind, message.len(), quick.dnssec_ok);
+        counters.answered(by, Source::Zone, quick.code, out.len(), begun.elapsed());
+        true
     }
 
     fn forward(&self, question: &Question, then: Box<dyn FnOnce(Result<Told, Failure>) + Send>) {

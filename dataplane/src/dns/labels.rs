@@ -31,6 +31,31 @@ impl Labels {
         labels
     }
 
+    /// Of a name as messages have it, without pointers. Nothing when it is too long.
+    pub(super) fn of_wire(name: &[u8]) -> Option<Self> {
+        if name.len() > LONGEST {
+            return None;
+        }
+        let mut labels = Self { bytes: [0; LONGEST], ends: [0; LONGEST / 2 + 1], count: 0 };
+        let (mut at, mut end) = (0, 0);
+        while let Some(length @ 1..) = name.get(at).map(|length| usize::from(*length)) {
+            let label = name.get(at + 1..at + 1 + length)?;
+            let place = labels.bytes.get_mut(end..end + length)?;
+            place.copy_from_slice(label);
+            place.make_ascii_lowercase();
+            (at, end) = (at + 1 + length, end + length);
+            *labels.ends.get_mut(labels.count)? = end as u8;
+            labels.count += 1;
+        }
+        Some(labels)
+    }
+
+    /// Where label `index` begins in a name as messages have it.
+    pub(super) fn offset(&self, index: usize) -> usize {
+        let before = index.checked_sub(1).map_or(0, |last| usize::from(self.ends[last]));
+        before + index
+    }
+
     /// How many there are.
     pub(super) fn len(&self) -> usize {
         self.count

@@ -6,15 +6,18 @@ use hickory_proto::serialize::binary::{BinDecodable as _, BinDecoder, BinEncodab
 
 use super::answer::{Answer, Question, Record};
 
-const HEADER: usize = 12;
+/// Bytes of a message's header.
+pub(super) const HEADER: usize = 12;
 /// Size of an answer to who says nothing of sizes (RFC 1035 §4.2.1).
 const PLAIN_SIZE: u16 = 512;
-/// What passes every path in one piece (DNS flag day 2020).
-const LARGEST_DATAGRAM: u16 = 1232;
+/// Longest datagram that is sent: what passes every path in one piece (DNS flag day 2020).
+pub const LARGEST_DATAGRAM: u16 = 1232;
 /// An OPT record without options.
 const OPT: usize = 11;
+/// A name that lies at this place of the message, which is added.
+pub(super) const POINTER: u16 = 0xc000;
 /// Where the name of the question lies in every answer: a compressed name.
-const QUESTION_NAME: u16 = 0xc00c;
+pub(super) const QUESTION_NAME: u16 = POINTER + HEADER as u16;
 
 const QR: u16 = 0x8000;
 const AA: u16 = 0x0400;
@@ -47,13 +50,18 @@ impl Transport {
 /// A question that can be looked up.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Request {
-    /// The client's number for it.
-    pub id: u16,
-    flags: u16,
+    head: Head,
     /// The question section as it came.
     wire: Box<[u8]>,
     /// The question.
     pub question: Question,
+}
+
+/// What a message says besides its question.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Head {
+    id: u16,
+    flags: u16,
     edns: Option<Edns>,
 }
 
@@ -62,6 +70,16 @@ struct Edns {
     size: u16,
     version: u8,
     dnssec_ok: bool,
+}
+
+/// What an answer says of itself.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Says {
+    pub(super) code: ResponseCode,
+    pub(super) authoritative: bool,
+    pub(super) truncated: bool,
+    /// Names outside the zone can be asked for.
+    pub(super) recursion: bool,
 }
 
 /// A message that is not looked up.
@@ -97,18 +115,34 @@ impl Request {
     /// Whether the client asks for names outside too.
     #[must_use]
     pub fn wants_recursion(&self) -> bool {
-        self.flags & RD != 0
+        self.head.flags & RD != 0
     }
 
     /// Whether the client asks for signatures too.
     #[must_use]
     pub fn dnssec_ok(&self) -> bool {
-        self.edns.is_some_and(|edns| edns.dnssec_ok)
+        self.head.dnssec_ok()
+    }
+
+    /// Whether the client says what size it takes.
+    #[must_use]
+    pub fn has_edns(&self) -> bool {
+        self.head.edns.is_some()
     }
 
     /// Largest answer that the client takes.
     #[must_use]
     pub fn limit(&self, transport: Transport) -> u16 {
+        self.head.limit(transport)
+    }
+}
+
+impl Head {
+    pub(super) fn dnssec_ok(self) -> bool {
+        self.edns.is_some_and(|edns| edns.dnssec_ok)
+    }
+
+    fn limit(self, transport: Transport) -> u16 {
         match (transport, self.edns) {
             (Transport::Tcp, _) => u16::MAX,
             (Transport::Udp, None) => PLAIN_SIZE,
@@ -116,20 +150,26 @@ impl Request {
         }
     }
 
-    /// The header of an answer, its counts zero.
-    fn begin(&self, out: &mut Vec<u8>, answer: &Answer, recursion: bool) {
-        let mut flags = QR | (self.flags & (RD | CD)) | (u16::from(answer.code) & 0xf);
-        flags |= if answer.authoritative { AA } else { 0 };
-        flags |= if answer.truncated { TC } else { 0 };
-        flags |= if recursion { RA } else { 0 };
+    /// Bytes that an answer may have before its end is written.
+    pub(super) fn room(self, transport: Transport) -> usize {
+        usize::from(self.limit(transport)) - self.edns.map_or(0, |_| OPT)
+    }
+
+    /// The header of an answer, its counts zero, and the question section.
+    pub(super) fn begin(self, question: &[u8], says: Says, out: &mut Vec<u8>) {
+        let mut flags = QR | (self.flags & (RD | CD)) | (u16::from(says.code) & 0xf);
+        flags |= if says.authoritative { AA } else { 0 };
+        flags |= if says.truncated { TC } else { 0 };
+        flags |= if says.recursion { RA } else { 0 };
         out.clear();
         for part in [self.id, flags, 1, 0, 0, 0] {
             out.extend_from_slice(&part.to_be_bytes());
         }
-        out.extend_from_slice(&self.wire);
+        out.extend_from_slice(question);
     }
 
-    fn end(&self, out: &mut Vec<u8>, counts: [usize; 3], code: ResponseCode) {
+    /// What stands behind the records, and their counts.
+    pub(super) fn end(self, out: &mut Vec<u8>, counts: [usize; 3], code: ResponseCode) {
         let mut counts = counts;
         if let Some(edns) = self.edns {
             counts[2] += 1;
@@ -143,6 +183,38 @@ impl Request {
         for (index, count) in counts.iter().enumerate() {
             let at = 6 + 2 * index;
             out[at..at + 2].copy_from_slice(&(*count as u16).to_be_bytes());
+        }
+    }
+}
+
+/// A plain question's head, where its name ends, and its type; nothing when there is anything about the message that
+/// [`read`] has to look at.
+pub(super) fn glance(bytes: &[u8]) -> Option<(Head, usize, RecordType)> {
+    let word = |index: usize| u16::from_be_bytes([bytes[index], bytes[index + 1]]);
+    if bytes.len() < HEADER || word(2) & (QR | OPCODE) != 0 || word(4) != 1 || word(6) != 0 || word(8) != 0 {
+        return None;
+    }
+    let end = end_of_name(bytes)?;
+    let fixed = bytes.get(end..end + 4)?;
+    if fixed[2..] != u16::from(DNSClass::IN).to_be_bytes() {
+        return None;
+    }
+    let edns = read_edns(bytes, end + 4, 0, usize::from(word(10)))?;
+    if edns.is_some_and(|edns| edns.version > 0) {
+        return None;
+    }
+    let kind = RecordType::from(u16::from_be_bytes([fixed[0], fixed[1]]));
+    Some((Head { id: word(0), flags: word(2), edns }, end, kind))
+}
+
+/// Where the name of the question ends. It is written out: there is nothing before it to point at.
+fn end_of_name(bytes: &[u8]) -> Option<usize> {
+    let mut at = HEADER;
+    loop {
+        match *bytes.get(at)? {
+            0 => return Some(at + 1),
+            length @ 1..=63 => at += 1 + usize::from(length),
+            _ => return None,
         }
     }
 }
@@ -176,7 +248,7 @@ pub fn read(bytes: &[u8]) -> Result<Request, Refusal> {
     let Some(edns) = read_edns(bytes, end, others, usize::from(word(10))) else {
         return refuse(ResponseCode::FormErr);
     };
-    let request = Request { id, flags, wire: bytes[HEADER..end].into(), question, edns };
+    let request = Request { head: Head { id, flags, edns }, wire: bytes[HEADER..end].into(), question };
     let code = match edns {
         Some(edns) if edns.version > 0 => ResponseCode::BADVERS,
         _ if class != DNSClass::IN => ResponseCode::Refused,
@@ -187,17 +259,9 @@ pub fn read(bytes: &[u8]) -> Result<Request, Refusal> {
     Err(Refusal::Answer(out, code))
 }
 
-/// The question and where it ends. Its name is written out: there is nothing before it to point at.
+/// The question and where it ends.
 fn read_question(bytes: &[u8]) -> Option<(Question, DNSClass, usize)> {
-    let mut at = HEADER;
-    loop {
-        match *bytes.get(at)? {
-            0 => break,
-            length @ 1..=63 => at += 1 + usize::from(length),
-            _ => return None,
-        }
-    }
-    let end = at + 5;
+    let end = end_of_name(bytes)? + 4;
     let mut decoder = BinDecoder::new(bytes.get(HEADER..end)?);
     let name = Name::read(&mut decoder).ok()?;
     let kind = RecordType::read(&mut decoder).ok()?;
@@ -237,8 +301,9 @@ fn read_edns(bytes: &[u8], mut at: usize, others: usize, additional: usize) -> O
 /// Writes an answer. What does not fit is left out: where that is part of the answer itself, it says so. `recursion`: names
 /// outside the zone can be asked for.
 pub fn encode(request: &Request, answer: &Answer, transport: Transport, recursion: bool, out: &mut Vec<u8>) {
-    request.begin(out, answer, recursion);
-    let room = usize::from(request.limit(transport)) - request.edns.map_or(0, |_| OPT);
+    let Answer { code, authoritative, truncated, .. } = *answer;
+    request.head.begin(&request.wire, Says { code, authoritative, truncated, recursion }, out);
+    let room = request.head.room(transport);
     let only_addresses = answer.authority.is_empty()
         && answer.additional.is_empty()
         && answer.answers.iter().all(|it| it.owner.is_none() && matches!(it.data, RData::A(_) | RData::AAAA(_)));
@@ -249,7 +314,7 @@ pub fn encode(request: &Request, answer: &Answer, transport: Transport, recursio
     if counts[0] < answer.answers.len() || counts[1] < answer.authority.len() {
         out[2] |= (TC >> 8) as u8;
     }
-    request.end(out, counts, answer.code);
+    request.head.end(out, counts, answer.code);
 }
 
 /// Addresses of the question's name, without a look at names. Returns how many fit.

@@ -9,6 +9,7 @@ mod answerer;
 mod find;
 mod labels;
 mod message;
+mod quick;
 mod server;
 mod service;
 pub mod spec;
@@ -20,7 +21,7 @@ mod tests;
 
 pub use answer::{Answer, Question, Record, Resolution};
 pub use answerer::{Answerer, Failure, Told, Upstream};
-pub use message::{Owner, Refusal, Request, Transport, encode, read};
+pub use message::{LARGEST_DATAGRAM, Owner, Refusal, Request, Transport, encode, read};
 pub use server::{Server, ServerSettings};
 pub use spec::{NamedEndpoint, NamedPort, NamedService, PodNames, Stands, ZoneSpec};
 pub use stats::Source;

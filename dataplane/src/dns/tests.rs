@@ -262,6 +262,59 @@ fn a_virtual_service_answers_its_own_address_and_its_pods_theirs() {
     assert_eq!(texts("_http._tcp.db.ns.svc.cluster.local.", RecordType::SRV).len(), 2);
 }
 
+/// What is answered quickly is what would be answered anyway, but for the order of addresses.
+fn same_quickly(zone: &Zone, bytes: &[u8], rng: &mut Rng) -> bool {
+    let by = if rng.bool() { Transport::Udp } else { Transport::Tcp };
+    let (mut quick, mut slow) = (Vec::new(), Vec::new());
+    if zone.quick(bytes, by, true, rng, &mut quick).is_none() {
+        return false;
+    }
+    let request = read(bytes).unwrap();
+    let Resolution::Answer(answer) = zone.resolve(&request.question, rng) else { panic!("{request:?}") };
+    encode(&request, &answer, by, true, &mut slow);
+    let parse = |bytes: &[u8]| {
+        let mut message = Message::from_vec(bytes).unwrap();
+        message.answers.sort_by_key(|record| record.data.to_string());
+        message
+    };
+    assert_eq!((parse(&quick), quick.len()), (parse(&slow), slow.len()), "{request:?}");
+    true
+}
+
+#[test]
+fn quick_answers_are_the_same() {
+    let mut virtual_one = headless("virtual", 2);
+    virtual_one.stands =
+        Stands::Endpoints { instead: vec!["240.241.0.7".parse().unwrap(), "fd00::7".parse().unwrap()] };
+    let services = [headless("db", 30), headless("none", 0), virtual_one];
+    let mut rng = Rng::with_seed(5);
+    let zones = [zone(&services), Arc::new(Zone::unknown(spec()))];
+    for (name, is_quick) in [
+        ("db.ns.svc.cluster.local.", true),
+        ("DB.ns.SVC.Cluster.local.", true),
+        ("virtual.ns.svc.cluster.local.", true),
+        ("virtual-1.virtual.ns.svc.cluster.local.", true),
+        ("_http._tcp.db.ns.svc.cluster.local.", true),
+        ("none.ns.svc.cluster.local.", true),
+        ("missing.ns.svc.Cluster.local.", true),
+        ("a.b.c.d.e.f.cluster.local.", true),
+        ("ns.svc.cluster.local.", true),
+        ("cluster.local.", true),
+        ("ns.dns.cluster.local.", false),
+        ("10-0-0-1.ns.pod.cluster.local.", false),
+        ("example.org.", false),
+    ] {
+        for kind in [RecordType::A, RecordType::AAAA] {
+            for edns in [None, Some(512), Some(4096)] {
+                let asked = message(name, kind, edns);
+                assert_eq!(same_quickly(&zones[0], &asked, &mut rng), is_quick, "{name} {kind}");
+                same_quickly(&zones[1], &asked, &mut rng);
+            }
+        }
+        assert!(!same_quickly(&zones[0], &message(name, RecordType::SRV, None), &mut rng), "{name}");
+    }
+}
+
 /// Questions with a bit, a byte or a length changed, cut or grown: nothing panics, and no answer exceeds its bound.
 fn fuzz(rounds: u64, seed: u64) {
     let mut rng = Rng::with_seed(seed);
@@ -306,6 +359,7 @@ fn fuzz(rounds: u64, seed: u64) {
                 bytes.push(0);
             }
         }
+        same_quickly(&zone, &bytes, &mut rng);
         match read(&bytes) {
             Ok(request) => {
                 answered += 1;
@@ -313,6 +367,9 @@ fn fuzz(rounds: u64, seed: u64) {
                 if let Resolution::Answer(answer) = zone.resolve(&request.question, &mut rng) {
                     encode(&request, &answer, by, rng.bool(), &mut out);
                     assert!(out.len() <= usize::from(request.limit(by)), "{} bytes", out.len());
+                    // What a spoofed source gets at most.
+                    let most = if request.has_edns() { usize::from(LARGEST_DATAGRAM) } else { 512 };
+                    assert!(by == Transport::Tcp || out.len() <= most, "{} bytes", out.len());
                     assert_eq!(out[..2], bytes[..2], "the client's number");
                     assert!(read(&out) == Err(Refusal::Silence), "no answer is taken for a question");
                 }

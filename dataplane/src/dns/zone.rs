@@ -69,6 +69,12 @@ impl Settings {
 }
 
 impl Zone {
+    /// The zone with these settings while nothing is known.
+    #[must_use]
+    pub fn unknown(spec: ZoneSpec) -> Self {
+        ZoneBuilder::new(spec).zone
+    }
+
     /// Number of Services that have names.
     #[must_use]
     pub fn len(&self) -> usize {

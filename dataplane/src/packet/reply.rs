@@ -1,4 +1,4 @@
-//! Packets of our own: the RST and the ICMP errors that refuse a flow.
+//! Packets of our own: the RST and the ICMP errors that refuse a flow, and datagrams that answer one.
 
 use etherparse::{IpNumber, Ipv4Header, Ipv6Header, TcpHeader};
 
@@ -12,6 +12,9 @@ const TTL: u8 = 64;
 /// Most of an ICMP error: RFC 1812 §4.3.2.3 for IPv4, the minimum MTU for IPv6 (RFC 4443 §2.4).
 const ICMP_V4_LIMIT: usize = 576;
 const ICMP_V6_LIMIT: usize = 1280;
+
+/// Bytes of a UDP header.
+const UDP: usize = 8;
 
 /// Bytes that any answer fits in.
 pub const LIMIT: usize = ICMP_V6_LIMIT;
@@ -66,6 +69,29 @@ pub fn port_unreachable(bytes: &[u8], packet: &Packet, out: &mut [u8]) -> usize 
     };
     out[at + 2..at + 4].copy_from_slice(&checksum.to_be_bytes());
     at + 8 + quote.len()
+}
+
+/// Writes the datagram that answers `packet` as if its destination had sent it. Returns the length. With the headers, the
+/// payload has at most [`LIMIT`] bytes.
+pub fn datagram(packet: &Packet, payload: &[u8], out: &mut [u8]) -> usize {
+    let length = UDP + payload.len();
+    let at = ip_header(packet.destination, packet.source, IpNumber::UDP, length, out);
+    let body = &mut out[at..at + length];
+    for (at, word) in [packet.destination_port, packet.source_port, length as u16, 0].into_iter().enumerate() {
+        body[2 * at..2 * at + 2].copy_from_slice(&word.to_be_bytes());
+    }
+    body[UDP..].copy_from_slice(payload);
+    let checksum = transport_checksum(packet.destination, packet.source, IpNumber::UDP, body);
+    // Zero says that there is none (RFC 768).
+    let checksum = if checksum == 0 { 0xffff } else { checksum };
+    out[at + 6..at + 8].copy_from_slice(&checksum.to_be_bytes());
+    at + length
+}
+
+/// Whether the checksum of a datagram is right, where it has one. `body`: from its header on.
+pub fn is_intact(packet: &Packet, body: &[u8]) -> bool {
+    let has_none = packet.family == Family::V4 && body[6..8] == [0, 0];
+    has_none || transport_checksum(packet.source, packet.destination, IpNumber::UDP, body) == 0
 }
 
 /// Writes an IP header and returns its length.

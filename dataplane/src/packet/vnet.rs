@@ -11,6 +11,11 @@ pub fn checksum_is_partial(header: &[u8]) -> bool {
     header[0] & NEEDS_CSUM != 0
 }
 
+/// Whether this is several packets of one flow in one piece, for the kernel to take apart.
+pub fn is_train(header: &[u8]) -> bool {
+    header[1] != 0
+}
+
 /// A header for a whole packet with a finished checksum.
 pub fn plain(header: &mut [u8]) {
     header[..LEN].fill(0);

@@ -2,8 +2,8 @@
 
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -15,6 +15,7 @@ use crate::memory::Region;
 use crate::packet_path::drops::{Drop, Drops};
 use crate::packet_path::fragments::Fragments;
 use crate::packet_path::held::{Held, HeldTotals};
+use crate::packet_path::names::Names;
 use crate::packet_path::opens::Opens;
 use crate::packet_path::ways::Ways;
 use crate::select::{Affinity, Selection};
@@ -74,6 +75,7 @@ pub struct Shared {
     pub(super) drops: Box<[Drops]>,
     pub(super) on_links: Box<[Count]>,
     pub(super) settings: Settings,
+    pub(super) names: OnceLock<Names>,
     header: Arc<Region<Header>>,
     hold: Hold,
     recovery: Recovery,
@@ -118,10 +120,17 @@ impl Shared {
             on_links: (0..=settings.workers).map(|_| Count::default()).collect(),
             slots,
             settings,
+            names: OnceLock::new(),
             header: store.header,
             hold: store.hold,
             recovery: Recovery { flows: found, dropped, ..store.recovery },
         })
+    }
+
+    /// From now on questions to Services whose endpoint is the responder are answered by the packet threads. Once only.
+    pub fn answer_names(&self, names: Names) {
+        // A second answerer would be of another responder, and there is one.
+        let _ = self.names.set(names);
     }
 
     /// What was found at start.

@@ -37,6 +37,8 @@ pub struct Worker {
     pub(super) thread: usize,
     pub(super) rng: fastrand::Rng,
     pub(super) answer: Box<[u8; vnet::LEN + reply::LIMIT]>,
+    /// The message that answers a question, while its packet is made.
+    pub(super) name_answer: Vec<u8>,
     /// Clients may wait for a first endpoint; when not, they have waited.
     pub(super) holds: bool,
     /// See [`Worker::onward`].
@@ -53,6 +55,7 @@ impl Worker {
             thread,
             rng: fastrand::Rng::with_seed(seed),
             answer: Box::new([0; vnet::LEN + reply::LIMIT]),
+            name_answer: Vec::with_capacity(reply::LIMIT),
             holds: true,
             onward: None,
         }
@@ -86,7 +89,10 @@ impl Worker {
         let packet = Packet::parse(bytes).map_err(Drop::Malformed)?;
         match packet.transport {
             Transport::Tcp(tcp) => self.of_flow(bytes, &packet, Protocol::Tcp, Some(tcp), partial, now_ms),
-            Transport::Udp => self.of_flow(bytes, &packet, Protocol::Udp, None, partial, now_ms),
+            Transport::Udp => match self.answer_name(header, bytes, &packet) {
+                Some(action) => Ok(action),
+                None => self.of_flow(bytes, &packet, Protocol::Udp, None, partial, now_ms),
+            },
             Transport::Sctp => self.of_flow(bytes, &packet, Protocol::Sctp, None, partial, now_ms),
             Transport::Icmp(kind) if icmp::is_error(packet.family, kind) => self.icmp_error(bytes, &packet, now_ms),
             Transport::Icmp(_) | Transport::Other => self.without_ports(bytes, &packet),
@@ -174,7 +180,7 @@ impl Worker {
     /// endpoint that no longer serves; a connection to an endpoint that is gone is over.
     fn standing(&self, hit: &Hit, tcp: Option<Tcp>) -> Stands {
         let fields = hit.fields();
-        let endpoint = self.shared.slots.endpoint(self.thread, fields.endpoint_slot).standing();
+        let endpoint = self.shared.slots.standing(fields.endpoint_slot);
         match (tcp, hit.direction) {
             (Some(tcp), direction) => {
                 let begins = direction == Direction::Request && tcp.syn && !tcp.ack;
@@ -288,8 +294,8 @@ impl Worker {
         let flows = &self.shared.flows;
         let hit = quoted.protocol().and_then(|protocol| flows.find(&icmp::key_of_receiver(&quoted, protocol)));
         if let Some(hit) = hit {
-            let endpoint = self.shared.slots.endpoint(self.thread, hit.fields().endpoint_slot);
-            if endpoint.standing() == Standing::Gone || hit.state() == State::Reset {
+            let standing = self.shared.slots.standing(hit.fields().endpoint_slot);
+            if standing == Standing::Gone || hit.state() == State::Reset {
                 return Err(Drop::EndpointGone);
             }
             if icmp::is_unreachable(bytes, packet)
