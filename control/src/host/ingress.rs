@@ -91,10 +91,12 @@ fn taken(family: Family) -> String {
     for rule in [format!("{ip} {limit} < 2"), format!("@ll,96,16 != {ether_type}"), "meta pkttype != host".to_owned()] {
         let _ = writeln!(text, "    {rule} accept");
     }
-    let _ = writeln!(text, "    fib saddr . iif oif missing accept");
-    let _ = writeln!(text, "    fwd {ip} to {nowhere} device \"{LINK}\"\n  }}\n  chain take_{ip} {{");
+    let _ = writeln!(text, "    fwd {ip} to {nowhere} device \"{LINK}\"\n  }}\n  chain check_{ip} {{");
+    let _ = writeln!(text, "    fib saddr . iif oif missing accept\n    goto go_{ip}\n  }}\n  chain take_{ip} {{");
+    // Whoever is in a connection was looked at when it began; a look costs as much as all the rest.
+    let _ = writeln!(text, "    {ip} {protocol} tcp tcp flags & syn == 0 goto go_{ip}");
     for number in [Protocol::Tcp, Protocol::Udp] {
-        let _ = writeln!(text, "    {ip} {protocol} {} goto go_{ip}", number as u8);
+        let _ = writeln!(text, "    {ip} {protocol} {} goto check_{ip}", number as u8);
     }
     text + "  }\n"
 }

@@ -28,8 +28,6 @@ const HOLDS_MS: u64 = 5_000;
 const HOLDS_NO_WAY_MS: u64 = 500;
 /// Answers that are remembered, so that changes of neighbours can be told to them.
 const REMEMBERED: usize = 16_384;
-/// Queueing disciplines that only keep packets in some order: passed by without loss. Others shape or drop.
-const PLAIN_QUEUES: [&str; 6] = ["noqueue", "mq", "fq", "fq_codel", "pfifo_fast", "noop"];
 /// `RT_TABLE_DEFAULT`, `RT_TABLE_MAIN`, `RT_TABLE_LOCAL`.
 const KERNELS_TABLES: std::ops::RangeInclusive<u32> = 253..=255;
 /// `ETH_P_IP`, `ETH_P_IPV6`.
@@ -86,7 +84,7 @@ pub async fn answer(ways: Arc<Ways>, links_changed: Arc<Notify>) -> Result<()> {
 struct Finder {
     netlink: Handle,
     ways: Arc<Ways>,
-    /// Links that were asked about; those without Ethernet, or with a queueing discipline that matters, have nothing.
+    /// Links that were asked about; those without Ethernet have nothing.
     links: HashMap<u32, Option<Ethernet>>,
     /// Whether there are policy rules of others, which may go by more than the destination.
     has_own_rules: HashMap<Family, bool>,
@@ -249,20 +247,19 @@ fn next(route: &RouteMessage, to: IpAddr) -> Option<Next> {
     Some(Next { link: link?, hop, mtu })
 }
 
-/// What an answer needs of a link; nothing when the kernel must see the packets.
+/// What an answer needs of a link, where it is Ethernet and not ours.
 fn ethernet(link: &LinkMessage) -> Option<Ethernet> {
-    let (mut mac, mut mtu, mut is_plain) = (None, None, false);
+    let (mut mac, mut mtu) = (None, None);
     for attribute in &link.attributes {
         match attribute {
             LinkAttribute::IfName(name) if name == LINK => return None,
             LinkAttribute::Address(bytes) => mac = <[u8; 6]>::try_from(&bytes[..]).ok(),
             LinkAttribute::Mtu(bytes) => mtu = Some(*bytes),
-            LinkAttribute::Qdisc(name) => is_plain = PLAIN_QUEUES.contains(&&**name),
             _ => {}
         }
     }
     let is_ethernet = link.header.link_layer_type == LinkLayerType::Ether && link.header.flags.contains(LinkFlags::Up);
-    (is_ethernet && is_plain).then_some(Ethernet { mac: mac?, mtu: mtu? })
+    is_ethernet.then_some(Ethernet { mac: mac?, mtu: mtu? })
 }
 
 /// The hardware address of a neighbour that is there, for all that the kernel knows.
