@@ -182,7 +182,7 @@ mod tests {
     use super::*;
 
     fn way(link: u32) -> Way {
-        Way { link, mtu: 1500, header: std::array::from_fn(|at| at as u8 + link as u8) }
+        Way { link, mtu: 1500, header: std::array::from_fn(|at| (at as u8).wrapping_add(link as u8)) }
     }
 
     #[test]
