@@ -178,6 +178,8 @@ fn what_the_systemd_unit_does_not_allow_is_refused_and_ends_nothing() {
     assert!(value("SystemCallFilter").is_some());
     // Without it systemd ends the daemon for bpf(2), which it tries where it has several packet threads.
     assert_eq!(value("SystemCallErrorNumber"), Some("EPERM"));
+    // A node without its data plane for good, after five failures in ten seconds: that is systemd's default.
+    assert_eq!(value("StartLimitIntervalSec"), Some("0"));
     // The second for port 53.
     assert_eq!(value("CapabilityBoundingSet"), Some("CAP_NET_ADMIN CAP_NET_BIND_SERVICE"));
 }
