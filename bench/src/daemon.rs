@@ -21,6 +21,8 @@ use crate::process::{Process, Usage};
 const ADMIN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 10249);
 /// Bound on reading everything and serving it.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// File of its configuration.
+const CONFIG: &str = "config.yaml";
 /// How long an answer is waited for that may not be able to come yet.
 pub(crate) const PROBE: Duration = Duration::from_millis(50);
 
@@ -55,13 +57,19 @@ pub(crate) fn prepare(
     write(&files, "web.json", &manifests::list(&[manifests::node(lab), manifests::web()]))?;
     write(&files, "web-1.json", &manifests::slice(WEB, endpoints))?;
     let workers = workers.map(|workers| format!("workers: {workers}\n")).unwrap_or_default();
-    let config = folder.join("config.yaml");
+    let config = folder.join(CONFIG);
     let text = format!("localControllers: false\nserviceCIDRs: [{SERVICE_CIDR}]\n{workers}");
     fs::write(&config, text).context("cannot write the configuration")?;
     let mut command = lab.topology.node.command(program);
     command.arg("run").arg("--manifests").arg(files).arg("--config").arg(config);
     command.args(["--node-name", NODE, "--state-dir"]).arg(folder.join("state"));
     Ok(command)
+}
+
+/// Adds to the configuration that [`prepare`] wrote.
+pub(crate) fn configure(folder: &Path, text: &str) -> Result<()> {
+    let mut file = fs::OpenOptions::new().append(true).open(folder.join(CONFIG)).context("no configuration")?;
+    file.write_all(text.as_bytes()).context("cannot write the configuration")
 }
 
 /// Adds a file to what [`prepare`] wrote.

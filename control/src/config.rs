@@ -64,6 +64,8 @@ pub struct Config {
     pub eject_after: u16,
     /// Packet threads, each with a TUN queue. Default: one for each CPU, at most 8.
     pub workers: Option<usize>,
+    /// Where packets of Services are taken and handed over.
+    pub packet_path: PacketPath,
     /// Most flows at a time.
     pub flow_table_size: usize,
     /// Leave host state and link at a clean stop as after a crash: a start soon after goes on with every flow.
@@ -102,6 +104,7 @@ impl Default for Config {
             slow_start: Duration::from_secs(10),
             eject_after: 5,
             workers: None,
+            packet_path: PacketPath::default(),
             flow_table_size: 1_000_000,
             leave_on_stop: false,
             linger: false,
@@ -231,6 +234,17 @@ fn duration_text<S: Serializer>(duration: &Duration, serializer: S) -> Result<S:
 
 fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     parse_duration(&String::deserialize(deserializer)?).map_err(serde::de::Error::custom)
+}
+
+/// Where packets of Services are taken from the kernel, and handed back to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PacketPath {
+    /// Routed to us, and routed on: everything that others filter on the host sees them.
+    #[default]
+    Kernel,
+    /// At the links, as far as that may be: cheaper, and past what others filter.
+    Links,
 }
 
 /// A configuration that cannot be used.
@@ -372,7 +386,7 @@ mod tests {
         let text = "apiVersion: sluice.dev/v1alpha1\nkind: SluiceConfiguration\nnodeName: n\nclusterCIDRs: [10.0.0.0/8]\n\
             serviceCIDRs: [10.96.0.0/16]\nlocalControllers: false\nprune: true\nnodePortAddresses: [primary, 10.0.0.0/8]\n\
             nodePortRange: 30000-30100\nmasqueradePorts: 61000-62000\nmasqueradeAll: true\nserviceProxyName: x\n\
-            balancing: round-robin\ndrain: {timeout: never}\nretry: false\nslowStart: 5s\nejectAfter: 3\nworkers: 2\nflowTableSize: 10\nleaveOnStop: true\nlinger: true\nstateDir: /tmp/x\nadmin: 127.0.0.1:1\nhealth: '[::]:2'\n\
+            balancing: round-robin\ndrain: {timeout: never}\nretry: false\nslowStart: 5s\nejectAfter: 3\nworkers: 2\npacketPath: links\nflowTableSize: 10\nleaveOnStop: true\nlinger: true\nstateDir: /tmp/x\nadmin: 127.0.0.1:1\nhealth: '[::]:2'\n\
              dns: {listen: ['127.0.0.1:53'], zones: [c.local, 10.in-addr.arpa], ttl: 30s, pods: verified, namespaces: [a], ignoreEmptyService: true,\
              endpointPodNames: true, fallthrough: [.], upstreams: [1.1.1.1, '9.9.9.9:54'], maxConcurrent: 7, cacheSize: 0, headless: virtual,\
              virtualCIDRs: [240.0.0.0/24], service: kube-system/kube-dns}\n";
@@ -382,7 +396,7 @@ mod tests {
         assert_eq!(config.balancing, Balancing::RoundRobin);
         assert_eq!((config.drain.timeout, config.slow_start), (DrainTimeout::Never, Duration::from_secs(5)));
         assert!(config.masquerade_all && config.prune && !config.local_controllers);
-        assert_eq!(config.health.port(), 2);
+        assert_eq!((config.health.port(), config.packet_path), (2, PacketPath::Links));
         // What `/configz` shows is a configuration again.
         assert_eq!(Config::parse(&serde_json::to_string(&config).unwrap()), Ok(config.clone()));
         assert_eq!(Config::parse(&serde_json::to_string(&Config::default()).unwrap()), Ok(Config::default()));
@@ -403,6 +417,7 @@ mod tests {
             ("kind: Other\n", &["Other"]),
             ("apiVersion: v2\n", &["v2"]),
             ("workers: 0\n", &["workers"]),
+            ("packetPath: fast\n", &["fast", "kernel", "links"]),
             ("dns: {pods: all}\n", &["all", "insecure"]),
             ("dns: {ttl: 2h}\n", &["dns.ttl", "1h"]),
             ("dns: {zones: [a..b]}\n", &["a..b"]),

@@ -13,6 +13,7 @@ use sluice_dataplane::net::Family;
 use sluice_dataplane::packet_path::{PacketPath, Settings, Shared};
 use sluice_dataplane::table::RoutingTable;
 
+use crate::at_links::{self, AtLinks};
 use crate::config::Config;
 use crate::drains::Drains;
 use crate::early::Means;
@@ -65,7 +66,8 @@ pub async fn run(config: Config, source: Source, names_for_host: bool) -> Result
     let (First { update: first, as_of }, early) = early::wait(first, means).await?;
     let (tun, early_responder) = early.map(|early| (early.tun, early.responder)).unzip();
     let interfaces = host.addresses().await?;
-    let settings = settings(&config, &first, &interfaces)?;
+    let mut settings = settings(&config, &first, &interfaces)?;
+    let at_links = AtLinks::start(&config, &mut settings)?;
     let tun = match tun {
         Some(tun) => tun,
         // Open before another daemon lets go: packets wait here meanwhile.
@@ -80,7 +82,7 @@ pub async fn run(config: Config, source: Source, names_for_host: bool) -> Result
     let state = Arc::new(State::new(Arc::clone(&shared), config, described, events, publisher, names, upstreams));
     state.apply_first(first, as_of);
     lives::forget(&state);
-    let path = PacketPath::start(tun, Arc::clone(&shared)).context("cannot start the packet threads")?;
+    let path = at_links::start_packet_path(tun, &shared)?;
     // The daemon that handed over reads no packet any more: ours need not wait until it has ended, but the host must.
     let namespace = match standing {
         Standing::Alone(held) => held,
@@ -97,6 +99,7 @@ pub async fn run(config: Config, source: Source, names_for_host: bool) -> Result
         interfaces,
         planned: None,
         saving: saved.map(|saved| Saving::new(saved, as_of.is_none())),
+        at_links,
     };
     // Names are answered at an address that the host may get only now.
     let set_up = daemon.set_up_host().await.and_then(|()| match early_responder {
@@ -190,6 +193,7 @@ fn settings(config: &Config, first: &Update, interfaces: &[IpAddr]) -> Result<Se
         slow_start: config.slow_start,
         eject_after: config.eject_after,
         seed: ahash::RandomState::new().hash_one(std::process::id()),
+        ways: None,
     })
 }
 
@@ -254,6 +258,7 @@ struct Daemon {
     planned: Option<u64>,
     /// Keeps objects for the next process, where their source may be out of reach then.
     saving: Option<Saving>,
+    at_links: AtLinks,
 }
 
 impl Daemon {
@@ -312,15 +317,21 @@ impl Daemon {
                     if !path.is_running() {
                         bail!("the link {LINK} was taken away");
                     }
+                    self.at_links.check().await?;
                     lives::tell(&self.state);
                     watchdog.ping();
                     if !has_retired && self.state.retiring.load(Relaxed) {
                         has_retired = true;
-                        self.retire()?;
+                        self.retire().await?;
                         tracing::info!(flows = self.state.shared.flow_count(), "new connections are left to another service proxy");
                     }
                 }
                 _ = look.tick() => self.look().await?,
+                () = self.at_links.changed() => {
+                    if let Err(error) = self.host.follow_links().await {
+                        tracing::warn!(error = format!("{error:#}"), "packets of a new link go the ordinary way until the next look");
+                    }
+                }
                 _ = save.tick() => {
                     if let Some(saving) = &mut self.saving {
                         saving.go_on(&self.state).await;
@@ -355,9 +366,9 @@ impl Daemon {
 
     /// Leaves all but the flows that are there to another service proxy. Some open while it is done: they are taken in at the
     /// second look.
-    fn retire(&mut self) -> Result<()> {
+    async fn retire(&mut self) -> Result<()> {
         for _ in 0..2 {
-            self.host.retire(self.state.shared.flows())?;
+            self.host.retire(self.state.shared.flows()).await?;
         }
         Ok(())
     }
@@ -396,7 +407,7 @@ impl Daemon {
             self.follow(table).await?;
         }
         if self.state.retiring.load(Relaxed) {
-            self.retire()?;
+            self.retire().await?;
         }
         for what in self.host.repair().await? {
             tracing::warn!(what, "put right what somebody else changed");

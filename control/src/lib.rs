@@ -6,6 +6,7 @@
 
 pub mod address;
 pub mod admin;
+mod at_links;
 pub mod cli;
 pub mod config;
 pub mod daemon;

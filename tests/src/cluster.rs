@@ -68,7 +68,13 @@ impl Cluster {
 
     /// A node with `pods` Pods behind the Service `web` (see [`manifests::service`]) and the daemon running.
     pub fn with_web(pods: u8) -> Result<Self> {
+        Self::with_web_by("kernel", pods)
+    }
+
+    /// The same with this `packetPath`.
+    pub fn with_web_by(path: &str, pods: u8) -> Result<Self> {
         let mut cluster = Self::new()?;
+        cluster.configure(&format!("localControllers: false\npacketPath: {path}\n"))?;
         for number in 1..=pods {
             cluster.add_pod(number)?;
         }

@@ -11,201 +11,199 @@ use sluice_bench::pattern::Pattern;
 use sluice_tests::can_run_in_namespaces;
 use sluice_tests::cluster::{Cluster, SOON};
 
+/// The same with every way that packets can take through the host.
+fn on_each_path(what: &str, pods: u8, body: impl Fn(Cluster)) {
+    if !can_run_in_namespaces(what) {
+        return;
+    }
+    for path in ["kernel", "links"] {
+        eprintln!("packetPath: {path}");
+        body(Cluster::with_web_by(path, pods).unwrap());
+    }
+}
+
 fn seen_by_pod(ns: &NetNs, address: SocketAddr) -> String {
     ns.run(|| Ok(client::get(address, "/client", SOON))).unwrap().unwrap()
 }
 
 #[test]
 fn every_frontend_answers_every_client_in_both_families() {
-    if !can_run_in_namespaces("frontends by real connections") {
-        return;
-    }
-    let cluster = Cluster::with_web(2).unwrap();
-    for (who, ns) in cluster.clients() {
-        for v4 in [true, false] {
-            for (frontend, kind) in cluster.web(v4).into_iter().zip(["clusterip", "nodeport", "loadbalancer"]) {
-                let udp = SocketAddr::new(frontend.ip(), if kind == "nodeport" { frontend.port() } else { 53 });
-                for target in [Target::Http(frontend), Target::Udp(udp)] {
-                    let answer = ns.run(|| Ok(ask(target, SOON).result)).unwrap();
-                    assert!(answer.as_ref().is_ok_and(|pod| pod.starts_with("web-")), "{who}: {target:?}: {answer:?}");
-                }
-                // Pods keep their address towards a ClusterIP, unless they reach themselves; all else is masqueraded.
-                for _ in 0..8 {
-                    let seen = seen_by_pod(ns, frontend);
-                    let masqueraded = seen.starts_with("192.168.50.1:") || seen.starts_with("[fd00:50::1]:");
-                    let own = seen.starts_with("10.244.0.1:") || seen.starts_with("[fd00:10:244::1]:");
-                    assert!(masqueraded || (own && who == "pod" && kind == "clusterip"), "{who}: {kind}: {seen}");
+    on_each_path("frontends by real connections", 2, |cluster| {
+        for (who, ns) in cluster.clients() {
+            for v4 in [true, false] {
+                for (frontend, kind) in cluster.web(v4).into_iter().zip(["clusterip", "nodeport", "loadbalancer"]) {
+                    let udp = SocketAddr::new(frontend.ip(), if kind == "nodeport" { frontend.port() } else { 53 });
+                    for target in [Target::Http(frontend), Target::Udp(udp)] {
+                        let answer = ns.run(|| Ok(ask(target, SOON).result)).unwrap();
+                        assert!(
+                            answer.as_ref().is_ok_and(|pod| pod.starts_with("web-")),
+                            "{who}: {target:?}: {answer:?}"
+                        );
+                    }
+                    // Pods keep their address towards a ClusterIP, unless they reach themselves; all else is masqueraded.
+                    for _ in 0..8 {
+                        let seen = seen_by_pod(ns, frontend);
+                        let masqueraded = seen.starts_with("192.168.50.1:") || seen.starts_with("[fd00:50::1]:");
+                        let own = seen.starts_with("10.244.0.1:") || seen.starts_with("[fd00:10:244::1]:");
+                        assert!(masqueraded || (own && who == "pod" && kind == "clusterip"), "{who}: {kind}: {seen}");
+                    }
                 }
             }
         }
-    }
+    });
 }
 
 #[test]
 fn a_pod_keeps_its_address_unless_it_reaches_itself() {
-    if !can_run_in_namespaces("source addresses") {
-        return;
-    }
-    let cluster = Cluster::with_web(2).unwrap();
-    for (v4, own, node) in [(true, "10.244.0.1:", "192.168.50.1:"), (false, "[fd00:10:244::1]:", "[fd00:50::1]:")] {
-        let mut seen = [0, 0];
-        for _ in 0..40 {
-            let mut connection = cluster.pods[0]
-                .pod
-                .ns
-                .run(|| Connection::open(cluster.web(v4)[0], SOON).map_err(|failure| anyhow::anyhow!("{failure}")))
-                .unwrap();
-            let (pod, client) = (connection.get("/").unwrap(), connection.get("/client").unwrap());
-            let itself = pod == "web-1";
-            assert!(client.starts_with(if itself { node } else { own }), "{pod} sees {client}");
-            seen[usize::from(itself)] += 1;
+    on_each_path("source addresses", 2, |cluster| {
+        for (v4, own, node) in [(true, "10.244.0.1:", "192.168.50.1:"), (false, "[fd00:10:244::1]:", "[fd00:50::1]:")] {
+            let mut seen = [0, 0];
+            for _ in 0..40 {
+                let mut connection = cluster.pods[0]
+                    .pod
+                    .ns
+                    .run(|| Connection::open(cluster.web(v4)[0], SOON).map_err(|failure| anyhow::anyhow!("{failure}")))
+                    .unwrap();
+                let (pod, client) = (connection.get("/").unwrap(), connection.get("/client").unwrap());
+                let itself = pod == "web-1";
+                assert!(client.starts_with(if itself { node } else { own }), "{pod} sees {client}");
+                seen[usize::from(itself)] += 1;
+            }
+            assert!(seen[0] > 0 && seen[1] > 0, "both endpoints were chosen: {seen:?}");
         }
-        assert!(seen[0] > 0 && seen[1] > 0, "both endpoints were chosen: {seen:?}");
-    }
+    });
 }
 
 #[test]
 fn ten_thousand_connections_are_even_within_five_percent() {
-    if !can_run_in_namespaces("balance of 10,000 connections") {
-        return;
-    }
-    let cluster = Cluster::with_web(3).unwrap();
-    let plan = Plan { connections: Some(10_000), ..Plan::new(vec![Target::Http(cluster.web(true)[0])]) };
-    let tally = run(&cluster.topology.client, &plan).unwrap();
-    assert_eq!((tally.answers(), tally.failed()), (10_000, 0), "{:?}", tally.failures);
-    for (pod, count) in &tally.answered {
-        let share = *count as f64 / 10_000.0 * 3.0;
-        assert!((0.95..=1.05).contains(&share), "{pod} has {share:.3} of its fair share: {:?}", tally.answered);
-    }
-    let opened = cluster.metric("sluice_flows_opened_total{").unwrap();
-    assert_eq!(opened, 10_000.0, "counted as they were made");
+    on_each_path("balance of 10,000 connections", 3, |cluster| {
+        let plan = Plan { connections: Some(10_000), ..Plan::new(vec![Target::Http(cluster.web(true)[0])]) };
+        let tally = run(&cluster.topology.client, &plan).unwrap();
+        assert_eq!((tally.answers(), tally.failed()), (10_000, 0), "{:?}", tally.failures);
+        for (pod, count) in &tally.answered {
+            let share = *count as f64 / 10_000.0 * 3.0;
+            assert!((0.95..=1.05).contains(&share), "{pod} has {share:.3} of its fair share: {:?}", tally.answered);
+        }
+        let opened = cluster.metric("sluice_flows_opened_total{").unwrap();
+        assert_eq!(opened, 10_000.0, "counted as they were made");
+    });
 }
 
 #[test]
 fn a_gibibyte_arrives_intact_both_ways() {
-    if !can_run_in_namespaces("1 GiB through one connection") {
-        return;
-    }
-    let cluster = Cluster::with_web(1).unwrap();
-    const GIBIBYTE: u64 = 1 << 30;
-    let want = Pattern::digest(GIBIBYTE);
-    // Masqueraded from outside, preserved from a Pod that is no endpoint, over both families.
-    for (v4, ns) in [(true, &cluster.topology.client), (false, &cluster.topology.client)] {
-        ns.run(|| {
-            let failed = |failure: Failure| anyhow::anyhow!("{failure}");
-            let mut connection = Connection::open(cluster.web(v4)[0], SOON).map_err(failed)?;
-            assert_eq!(connection.upload(GIBIBYTE).map_err(failed)?, want.to_string());
-            assert_eq!(connection.download(GIBIBYTE).map_err(failed)?, want);
-            Ok(())
-        })
-        .unwrap();
-    }
-    assert!(cluster.metric("sluice_bytes_total{").unwrap() > 4.0 * GIBIBYTE as f64);
+    on_each_path("1 GiB through one connection", 1, |cluster| {
+        const GIBIBYTE: u64 = 1 << 30;
+        let want = Pattern::digest(GIBIBYTE);
+        // Masqueraded from outside, preserved from a Pod that is no endpoint, over both families.
+        for (v4, ns) in [(true, &cluster.topology.client), (false, &cluster.topology.client)] {
+            ns.run(|| {
+                let failed = |failure: Failure| anyhow::anyhow!("{failure}");
+                let mut connection = Connection::open(cluster.web(v4)[0], SOON).map_err(failed)?;
+                assert_eq!(connection.upload(GIBIBYTE).map_err(failed)?, want.to_string());
+                assert_eq!(connection.download(GIBIBYTE).map_err(failed)?, want);
+                Ok(())
+            })
+            .unwrap();
+        }
+        assert!(cluster.metric("sluice_bytes_total{").unwrap() > 4.0 * GIBIBYTE as f64);
+    });
 }
 
 #[test]
 fn a_removed_endpoint_gets_no_new_connection() {
-    if !can_run_in_namespaces("removal of an endpoint") {
-        return;
-    }
-    let cluster = Cluster::with_web(3).unwrap();
-    let frontend = cluster.web(true)[0];
-    let ns = &cluster.topology.client;
-    let mut kept: Vec<(String, Connection)> = (0..12)
-        .map(|_| {
-            ns.run(|| {
-                let failed = |failure: Failure| anyhow::anyhow!("{failure}");
-                let mut connection = Connection::open(frontend, SOON).map_err(failed)?;
-                Ok((connection.get("/").map_err(failed)?, connection))
+    on_each_path("removal of an endpoint", 3, |cluster| {
+        let frontend = cluster.web(true)[0];
+        let ns = &cluster.topology.client;
+        let mut kept: Vec<(String, Connection)> = (0..12)
+            .map(|_| {
+                ns.run(|| {
+                    let failed = |failure: Failure| anyhow::anyhow!("{failure}");
+                    let mut connection = Connection::open(frontend, SOON).map_err(failed)?;
+                    Ok((connection.get("/").map_err(failed)?, connection))
+                })
+                .unwrap()
             })
-            .unwrap()
-        })
-        .collect();
-    assert!(kept.iter().any(|(pod, _)| pod == "web-1"));
-    let generation = cluster.generation().unwrap();
-    cluster.publish_web(1..3).unwrap();
-    cluster.wait_for_table_after(generation).unwrap();
-    let plan = Plan { connections: Some(500), ..Plan::new(vec![Target::Http(frontend)]) };
-    let tally = run(ns, &plan).unwrap();
-    assert_eq!((tally.answers(), tally.failed()), (500, 0));
-    assert!(!tally.answered.contains_key("web-1"), "{:?}", tally.answered);
-    for (pod, connection) in &mut kept {
-        assert_eq!(connection.get("/").as_ref(), Ok(&*pod), "an established connection stays where it is");
-    }
+            .collect();
+        assert!(kept.iter().any(|(pod, _)| pod == "web-1"));
+        let generation = cluster.generation().unwrap();
+        cluster.publish_web(1..3).unwrap();
+        cluster.wait_for_table_after(generation).unwrap();
+        let plan = Plan { connections: Some(500), ..Plan::new(vec![Target::Http(frontend)]) };
+        let tally = run(ns, &plan).unwrap();
+        assert_eq!((tally.answers(), tally.failed()), (500, 0));
+        assert!(!tally.answered.contains_key("web-1"), "{:?}", tally.answered);
+        for (pod, connection) in &mut kept {
+            assert_eq!(connection.get("/").as_ref(), Ok(&*pod), "an established connection stays where it is");
+        }
+    });
 }
 
 #[test]
 fn a_thousand_table_swaps_under_load_fail_no_connection() {
-    if !can_run_in_namespaces("1,000 table swaps under load") {
-        return;
-    }
-    let cluster = Cluster::with_web(3).unwrap();
-    let targets = cluster.web(true).map(Target::Http).to_vec();
-    let load = Load::start(&cluster.topology.client, &Plan { concurrency: 4, ..Plan::new(targets) }).unwrap();
-    let first = cluster.generation().unwrap();
-    let mut generation = first;
-    for round in 0.. {
-        if generation >= first + 1_000 {
-            break;
+    on_each_path("1,000 table swaps under load", 3, |cluster| {
+        let targets = cluster.web(true).map(Target::Http).to_vec();
+        let load = Load::start(&cluster.topology.client, &Plan { concurrency: 4, ..Plan::new(targets) }).unwrap();
+        let first = cluster.generation().unwrap();
+        let mut generation = first;
+        for round in 0.. {
+            if generation >= first + 1_000 {
+                break;
+            }
+            // Every Pod stays an endpoint of two tables in three.
+            cluster.publish_web((0..3).filter(|pod| *pod != round % 3)).unwrap();
+            generation = cluster.wait_for_table_after(generation).unwrap();
         }
-        // Every Pod stays an endpoint of two tables in three.
-        cluster.publish_web((0..3).filter(|pod| *pod != round % 3)).unwrap();
-        generation = cluster.wait_for_table_after(generation).unwrap();
-    }
-    let tally = load.stop();
-    assert_eq!(tally.failed(), 0, "{:?}", tally.failures);
-    assert!(tally.answers() > 1_000, "there was load: {}", tally.answers());
-    assert_eq!(tally.answered.len(), 3);
+        let tally = load.stop();
+        assert_eq!(tally.failed(), 0, "{:?}", tally.failures);
+        assert!(tally.answers() > 1_000, "there was load: {}", tally.answers());
+        assert_eq!(tally.answered.len(), 3);
+    });
 }
 
 #[test]
 fn no_endpoint_is_a_refusal_at_once() {
-    if !can_run_in_namespaces("refusals") {
-        return;
-    }
-    let cluster = Cluster::with_web(1).unwrap();
-    let generation = cluster.generation().unwrap();
-    cluster.publish_web([]).unwrap();
-    cluster.wait_for_table_after(generation).unwrap();
-    for (who, ns) in cluster.clients() {
-        for v4 in [true, false] {
-            for frontend in cluster.web(v4) {
-                let started = std::time::Instant::now();
-                let answer = ns.run(|| Ok(ask(Target::Http(frontend), SOON).result)).unwrap();
-                assert_eq!(answer, Err(Failure::Refused), "{who}: {frontend}");
-                assert!(started.elapsed() < Duration::from_millis(900), "{who}: {frontend}: by a RST, at once");
+    on_each_path("refusals", 1, |cluster| {
+        let generation = cluster.generation().unwrap();
+        cluster.publish_web([]).unwrap();
+        cluster.wait_for_table_after(generation).unwrap();
+        for (who, ns) in cluster.clients() {
+            for v4 in [true, false] {
+                for frontend in cluster.web(v4) {
+                    let started = std::time::Instant::now();
+                    let answer = ns.run(|| Ok(ask(Target::Http(frontend), SOON).result)).unwrap();
+                    assert_eq!(answer, Err(Failure::Refused), "{who}: {frontend}");
+                    assert!(started.elapsed() < Duration::from_millis(900), "{who}: {frontend}: by a RST, at once");
+                }
+                let dns = SocketAddr::new(cluster.web(v4)[0].ip(), 53);
+                let answer = ns.run(|| Ok(ask(Target::Udp(dns), SOON).result)).unwrap();
+                assert_eq!(answer, Err(Failure::Refused), "{who}: {dns}: ICMP port unreachable");
             }
-            let dns = SocketAddr::new(cluster.web(v4)[0].ip(), 53);
-            let answer = ns.run(|| Ok(ask(Target::Udp(dns), SOON).result)).unwrap();
-            assert_eq!(answer, Err(Failure::Refused), "{who}: {dns}: ICMP port unreachable");
         }
-    }
-    assert!(cluster.metric("sluice_flows_rejected_total{").unwrap() > 20.0);
+        assert!(cluster.metric("sluice_flows_rejected_total{").unwrap() > 20.0);
+    });
 }
 
 #[test]
 fn path_mtu_discovery_works_through_us() {
-    if !can_run_in_namespaces("path MTU discovery") {
-        return;
-    }
-    let cluster = Cluster::with_web(2).unwrap();
-    // The last hop to each Pod is narrower than the first: only the router's ICMP error tells the client.
-    for pod in &cluster.pods {
-        cluster.output("ip", &["link", "set", &pod.pod.node_link, "mtu", "1300"]).unwrap();
-    }
-    const BYTES: u64 = 4 << 20;
-    for v4 in [true, false] {
-        // Masqueraded from outside and from a Pod to itself, preserved from a Pod to the other.
-        for ns in [&cluster.topology.client, &cluster.pods[0].pod.ns] {
-            for _ in 0..4 {
-                ns.run(|| {
-                    let failed = |failure: Failure| anyhow::anyhow!("{failure}");
-                    let mut connection = Connection::open(cluster.web(v4)[0], SOON).map_err(failed)?;
-                    assert_eq!(connection.upload(BYTES).map_err(failed)?, Pattern::digest(BYTES).to_string());
-                    Ok(())
-                })
-                .unwrap();
+    on_each_path("path MTU discovery", 2, |cluster| {
+        // The last hop to each Pod is narrower than the first: only the router's ICMP error tells the client.
+        for pod in &cluster.pods {
+            cluster.output("ip", &["link", "set", &pod.pod.node_link, "mtu", "1300"]).unwrap();
+        }
+        const BYTES: u64 = 4 << 20;
+        for v4 in [true, false] {
+            // Masqueraded from outside and from a Pod to itself, preserved from a Pod to the other.
+            for ns in [&cluster.topology.client, &cluster.pods[0].pod.ns] {
+                for _ in 0..4 {
+                    ns.run(|| {
+                        let failed = |failure: Failure| anyhow::anyhow!("{failure}");
+                        let mut connection = Connection::open(cluster.web(v4)[0], SOON).map_err(failed)?;
+                        assert_eq!(connection.upload(BYTES).map_err(failed)?, Pattern::digest(BYTES).to_string());
+                        Ok(())
+                    })
+                    .unwrap();
+                }
             }
         }
-    }
+    });
 }

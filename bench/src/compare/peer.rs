@@ -44,6 +44,8 @@ pub(crate) enum Peer {
 pub(crate) struct Sluice {
     /// Packet threads, if not as many as cores.
     workers: Option<usize>,
+    /// Packets are taken and sent at the links.
+    at_links: bool,
     /// Services beside the one that is dialled.
     others: usize,
     /// Flows in its table beside those of the load.
@@ -69,8 +71,8 @@ impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Direct => f.write_str("direct"),
-            Self::Sluice(Sluice { workers, others, flows }) => {
-                f.write_str("sluice")?;
+            Self::Sluice(Sluice { workers, at_links, others, flows }) => {
+                f.write_str(if *at_links { "sluice-links" } else { "sluice" })?;
                 workers.map_or(Ok(()), |workers| write!(f, "-{workers}"))?;
                 let services = others + 1;
                 if *others > 0 { write!(f, " {services} Services") } else { Ok(()) }?;
@@ -97,10 +99,22 @@ impl FromStr for Peer {
             "nft" => Ok(Self::Nft),
             "kube-proxy" => Ok(Self::KubeProxy),
             "hop" => Ok(Self::Hop),
-            _ => match text.strip_prefix("sluice-").map(str::parse) {
-                Some(Ok(workers @ 1..=64)) => Ok(Self::Sluice(Sluice { workers: Some(workers), ..Sluice::default() })),
-                _ => Err("use direct, sluice, sluice-WORKERS, haproxy, nginx, kube-proxy, nft or hop".to_owned()),
-            },
+            "sluice-links" => Ok(Self::Sluice(Sluice { at_links: true, ..Sluice::default() })),
+            _ => {
+                let workers = text.strip_prefix("sluice-");
+                let at_links = workers.and_then(|text| text.strip_prefix("links-"));
+                match at_links.or(workers).map(str::parse) {
+                    Some(Ok(workers @ 1..=64)) => {
+                        let (workers, at_links) = (Some(workers), at_links.is_some());
+                        Ok(Self::Sluice(Sluice { workers, at_links, ..Sluice::default() }))
+                    }
+                    _ => {
+                        Err("use direct, sluice, sluice-WORKERS, sluice-links, sluice-links-WORKERS, haproxy, nginx, \
+                              kube-proxy, nft or hop"
+                            .to_owned())
+                    }
+                }
+            }
         }
     }
 }
@@ -143,6 +157,9 @@ pub(super) fn start(peer: Peer, mode: Mode, pods: u8, sluice: &Path) -> Result<R
                 let endpoints = ready(lab.endpoints().iter().map(SocketAddr::ip));
                 let others = Others { services: with.others, endpoints: 5 * with.others, ..Others::default() };
                 let command = daemon::prepare(&lab, folder.path(), sluice, with.workers, Some(&others), &endpoints)?;
+                if with.at_links {
+                    daemon::configure(folder.path(), "packetPath: links\n")?;
+                }
                 if with.flows > 0 {
                     daemon::add(folder.path(), "silent.json", &manifests::silent(&endpoints))?;
                 }
@@ -216,10 +233,12 @@ mod tests {
 
     #[test]
     fn names_survive() {
-        for name in ["direct", "sluice", "sluice-2", "haproxy", "nginx", "nft", "kube-proxy"] {
+        for name in
+            ["direct", "sluice", "sluice-2", "sluice-links", "sluice-links-2", "haproxy", "nginx", "nft", "kube-proxy"]
+        {
             assert_eq!(name.parse::<Peer>().unwrap().to_string(), name);
         }
-        for name in ["", "sluice-", "sluice-0", "ipvs"] {
+        for name in ["", "sluice-", "sluice-0", "sluice-links-", "sluice-links-0", "ipvs"] {
             assert!(name.parse::<Peer>().is_err(), "{name}");
         }
         let sluice: Peer = "sluice-2".parse().unwrap();

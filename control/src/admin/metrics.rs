@@ -149,6 +149,7 @@ fn describe() {
     describe_gauge!("sluice_flow_table_capacity", "Most flows the flow table holds");
     describe_counter!("sluice_flow_table_evictions_total", "Flows pushed out of a full flow table");
     describe_counter!("sluice_drops_total", "Packets dropped, by reason");
+    describe_counter!("sluice_sent_on_links_total", "Packets sent straight on a link (packetPath: links)");
     describe_gauge!(
         "sluice_source_synced",
         "1 once the source has told all there is; 0: objects of an earlier process serve"
@@ -298,6 +299,7 @@ fn record_packet_path(state: &State) {
     {
         counter!("sluice_flows_ended_total", "reason" => reason).absolute(flows);
     }
+    counter!("sluice_sent_on_links_total").absolute(shared.sent_on_links());
     for (reason, packets) in shared.drops() {
         counter!("sluice_drops_total", "reason" => reason).absolute(packets);
     }

@@ -110,6 +110,18 @@ async fn find(netlink: &Handle, name: &str) -> Result<Option<LinkMessage>> {
     Ok(links.into_iter().find(is_it))
 }
 
+/// Names of the links that packets of others can come in by.
+pub(super) async fn names(netlink: &Handle) -> Result<Vec<String>> {
+    let name = |link: LinkMessage| {
+        let mut attributes = link.attributes.into_iter().filter(|_| !link.header.flags.contains(LinkFlags::Loopback));
+        attributes.find_map(|attribute| match attribute {
+            LinkAttribute::IfName(name) if name != LINK => Some(name),
+            _ => None,
+        })
+    };
+    Ok(all(netlink).await?.into_iter().filter_map(name).collect())
+}
+
 async fn all(netlink: &Handle) -> Result<Vec<LinkMessage>> {
     netlink.link().get().execute().try_collect().await.context("cannot list the host's links")
 }

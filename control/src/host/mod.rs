@@ -13,12 +13,14 @@ use tokio::task::JoinHandle;
 use crate::config::PortRange;
 use conntrack::Direction;
 use hand_over::{HandOver, Ours};
+use ingress::Ingress;
 pub use plan::Plan;
 use sluice_dataplane::flow::FlowView;
 use sluice_dataplane::packet_path::Tun;
 
 mod conntrack;
 mod hand_over;
+mod ingress;
 pub mod link;
 pub mod lock;
 pub mod nft;
@@ -26,6 +28,7 @@ pub mod plan;
 pub mod route;
 pub mod rule;
 pub mod sysctl;
+pub mod ways;
 
 /// Name of the TUN link.
 pub const LINK: &str = "sluice0";
@@ -53,6 +56,7 @@ pub struct Host {
     /// What we changed of the kernel's settings, should the table be taken away that notes it.
     noted: nft::Noted,
     hand_over: HandOver,
+    ingress: Ingress,
     /// What a service proxy before us has begun was looked for.
     has_looked: bool,
 }
@@ -68,6 +72,7 @@ impl Host {
             table: None,
             noted: nft::Noted::default(),
             hand_over: HandOver::default(),
+            ingress: Ingress::default(),
             has_looked: false,
         })
     }
@@ -155,12 +160,39 @@ impl Host {
         changes.extend(route::apply(&self.netlink, &plan).await?);
         changes.extend(rule::apply(&self.netlink, &plan).await?);
         self.plan = plan;
+        let is_first = !self.has_looked;
         (self.hand_over, self.has_looked) = (hand_over, true);
+        if self.take_at_links(self.plan.at_links || is_first).await? {
+            changes.push("nftables table of links".to_owned());
+        }
         Ok(changes)
     }
 
+    /// Takes packets at the links that there are now.
+    pub async fn follow_links(&mut self) -> anyhow::Result<()> {
+        self.take_at_links(false).await.map(drop)
+    }
+
+    /// `looks`: whether others have changed it, which is returned. While another proxy's connections live, or ours are told one by
+    /// one, it is connection tracking that knows whose a packet is: none is taken.
+    async fn take_at_links(&mut self, looks: bool) -> anyhow::Result<bool> {
+        let may_take = self.plan.at_links && self.hand_over == HandOver::default();
+        let mut links = Vec::new();
+        loop {
+            let before = std::mem::take(&mut links);
+            if may_take {
+                links = link::names(&self.netlink).await?;
+            }
+            let result = self.ingress.apply(&self.plan, &links, looks);
+            // A link may be gone that was there a moment ago.
+            if result.is_ok() || links == before {
+                return result;
+            }
+        }
+    }
+
     /// Leaves new connections to another service proxy: only these flows are ours from now on.
-    pub fn retire(&mut self, flows: impl Iterator<Item = FlowView>) -> anyhow::Result<()> {
+    pub async fn retire(&mut self, flows: impl Iterator<Item = FlowView>) -> anyhow::Result<()> {
         let mut ours = Ours::default();
         for FlowView { protocol, client, frontend, endpoint, masquerade, .. } in flows {
             ours.clients.insert(Direction { protocol, from: client, to: frontend });
@@ -168,6 +200,7 @@ impl Host {
         }
         if self.hand_over.ours.as_ref() != Some(&ours) {
             self.hand_over.ours = Some(ours);
+            self.take_at_links(false).await?;
             self.table = nft::apply(&self.plan, &self.noted, &self.hand_over)?;
         }
         Ok(())
@@ -205,6 +238,9 @@ impl Host {
         let mut removed = rule::remove(&self.netlink).await?;
         removed.extend(link::set_addresses(&self.netlink, &BTreeSet::new()).await?);
         removed.extend(route::remove(&self.netlink).await?);
+        if self.ingress.remove()? {
+            removed.push("nftables table of links".to_owned());
+        }
         let found = nft::read()?;
         let mut ours = std::mem::take(&mut self.noted);
         ours.add(found.as_ref().map(nft::Table::noted).unwrap_or_default());

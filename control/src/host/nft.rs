@@ -4,7 +4,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::io::Write as _;
-use std::net::IpAddr;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result};
@@ -14,7 +13,8 @@ use sluice_dataplane::net::Family;
 use super::hand_over::HandOver;
 use super::{LINK, Lacking, MARK, MARK_MASK, Plan, sysctl, tool};
 
-const TABLE: &str = "sluice";
+/// Name of our tables.
+pub(super) const TABLE: &str = "sluice";
 const RESERVED: &str = "reserved_ports";
 const EARLY_DEMUX: &str = "early_demux_was_on";
 
@@ -51,10 +51,15 @@ pub(super) struct Table(Vec<Value>);
 
 /// Our table on this host; nothing when it is not there.
 pub(super) fn read() -> Result<Option<Table>> {
-    match list(&["table", "inet", TABLE]) {
+    read_of("inet")
+}
+
+/// Our table of this family.
+pub(super) fn read_of(family: &str) -> Result<Option<Table>> {
+    match list(&["table", family, TABLE]) {
         Ok(mut listing) => Ok(Some(Table::new(&mut listing))),
         Err(error) => {
-            if has_table("inet", TABLE)? {
+            if has_table(family, TABLE)? {
                 Err(error)
             } else {
                 Ok(None)
@@ -129,7 +134,8 @@ fn list(arguments: &[&str]) -> Result<Value> {
     serde_json::from_slice(&output.stdout).context("nft prints what is no JSON")
 }
 
-fn run(script: &str) -> Result<()> {
+/// Runs a script of `nft`, which is one transaction.
+pub(super) fn run(script: &str) -> Result<()> {
     let mut child = command()
         .args(["-f", "-"])
         .stdin(Stdio::piped())
@@ -253,9 +259,6 @@ struct Chains {
 impl Chains {
     /// Rules about Service ranges and about the node's own addresses: node ports, and the ports of masqueraded flows.
     fn own_ports(&mut self, plan: &Plan, family: Family) {
-        let node_ports = |address: &IpAddr| plan.node_port_addresses.iter().any(|range| range.contains(address));
-        let mut addresses: BTreeSet<IpAddr> = plan.primary.iter().copied().collect();
-        addresses.extend(plan.node_port_addresses.iter().map(ipnet::IpNet::addr));
         let ip = match family {
             Family::V4 => "ip",
             Family::V6 => "ip6",
@@ -264,10 +267,8 @@ impl Chains {
             self.arriving.push(format!("{ip} daddr {range} notrack accept"));
             self.leaving.push(format!("{ip} saddr {range} notrack accept"));
         }
-        for address in addresses.into_iter().filter(|address| Family::of(*address) == family) {
-            let masquerade = plan.masquerade_ports.filter(|_| plan.primary.contains(&address));
-            let ports = [plan.node_ports.filter(|_| node_ports(&address)), masquerade];
-            let ports: Vec<String> = ports.iter().flatten().map(ToString::to_string).collect();
+        for address in plan.own_addresses().filter(|address| Family::of(*address) == family) {
+            let ports: Vec<String> = plan.own_ports(address).iter().map(ToString::to_string).collect();
             if ports.is_empty() {
                 continue;
             }
@@ -291,6 +292,6 @@ impl Chains {
     }
 }
 
-fn is_host(range: &ipnet::IpNet) -> bool {
+pub(super) fn is_host(range: &ipnet::IpNet) -> bool {
     range.prefix_len() == range.max_prefix_len()
 }

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use sluice_dataplane::net::{Family, Protocol};
 use sluice_dataplane::table::{FrontendKey, RoutingTable};
 
-use crate::config::{Config, PortRange};
+use crate::config::{Config, PacketPath, PortRange};
 
 /// What packets are to come to the TUN link.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -28,6 +28,8 @@ pub struct Plan {
     pub own_frontends: BTreeSet<(IpAddr, Protocol, u16)>,
     /// Addresses where names are answered. Those that no link of the host has are put on ours.
     pub names: BTreeSet<IpAddr>,
+    /// Packets are taken at the links already, where they may be.
+    pub at_links: bool,
 }
 
 impl Plan {
@@ -49,6 +51,7 @@ impl Plan {
             own_frontends: BTreeSet::new(),
             names: config.dns.iter().flat_map(|dns| &dns.listen).map(SocketAddr::ip).collect(),
             families: families.clone(),
+            at_links: config.packet_path == PacketPath::Links,
         };
         for frontend in table.frontends() {
             let (address, protocol, port) = match frontend.key {
@@ -85,6 +88,20 @@ impl Plan {
             || self.services.iter().any(in_range)
             || self.own_frontends.contains(&(address, protocol, to.port()))
             || is_node_port()
+    }
+
+    /// Addresses of the node of which some ports are ours, whatever Services there are.
+    pub(super) fn own_addresses(&self) -> impl Iterator<Item = IpAddr> {
+        let mut addresses: BTreeSet<IpAddr> = self.primary.iter().copied().collect();
+        addresses.extend(self.node_port_addresses.iter().map(IpNet::addr));
+        addresses.into_iter()
+    }
+
+    /// These ports: node ports, and those of masqueraded flows.
+    pub(super) fn own_ports(&self, address: IpAddr) -> Vec<PortRange> {
+        let has_node_ports = self.node_port_addresses.iter().any(|range| range.contains(&address));
+        let masquerade = self.masquerade_ports.filter(|_| self.primary.contains(&address));
+        [self.node_ports.filter(|_| has_node_ports), masquerade].into_iter().flatten().collect()
     }
 
     /// The primary address of a family.

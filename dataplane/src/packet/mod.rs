@@ -1,6 +1,7 @@
 //! Packets: a checked view over bytes, the rewriting of addresses and ports, and the answers we make ourselves.
 
 pub mod checksum;
+pub mod hop;
 pub mod icmp;
 pub mod reply;
 pub mod rewrite;

@@ -4,6 +4,7 @@
 pub const LEN: usize = 10;
 
 const NEEDS_CSUM: u8 = 1;
+const GSO_NONE: u8 = 0;
 
 /// Whether the transport checksum is partial: the field holds the pseudo-header sum, the kernel does the rest.
 pub fn checksum_is_partial(header: &[u8]) -> bool {
@@ -27,4 +28,20 @@ pub fn partial(header: &mut [u8], start: usize, field: usize) {
     header[0] = NEEDS_CSUM;
     header[6..8].copy_from_slice(&(start as u16).to_ne_bytes());
     header[8..10].copy_from_slice(&(field as u16).to_ne_bytes());
+}
+
+/// Bytes of payload in each segment that the packet is to be cut into, when it is.
+pub fn segment(header: &[u8]) -> Option<usize> {
+    (header[1] != GSO_NONE).then(|| usize::from(u16::from_ne_bytes([header[4], header[5]])))
+}
+
+/// Fits the header to so many bytes more in front of the packet, or fewer.
+pub fn put_before(header: &mut [u8], more: i16) {
+    let mut shift = |at: usize| {
+        let value = u16::from_ne_bytes([header[at], header[at + 1]]).saturating_add_signed(more);
+        header[at..at + 2].copy_from_slice(&value.to_ne_bytes());
+    };
+    // The length of all headers, and where the checksum begins.
+    shift(2);
+    shift(6);
 }

@@ -12,6 +12,8 @@ mod shared;
 mod steer;
 mod thread;
 mod tun;
+mod ways;
+mod wire;
 mod worker;
 
 pub use drops::Drops;
@@ -22,6 +24,7 @@ pub use namespace::namespace_cookie;
 pub use shared::{Settings, Shared};
 pub use thread::{PacketPath, now_ms};
 pub use tun::Tun;
+pub use ways::{ETHERNET, Way, Ways};
 pub use worker::{Action, Worker};
 
 #[cfg(test)]

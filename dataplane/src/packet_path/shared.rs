@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -16,11 +17,12 @@ use crate::packet_path::fragments::Fragments;
 use crate::packet_path::held::{Held, HeldTotals};
 use crate::packet_path::names::Names;
 use crate::packet_path::opens::Opens;
+use crate::packet_path::ways::Ways;
 use crate::select::{Affinity, Selection};
 use crate::table::{Directory, EndpointSlot, PortSlot, RoutingTable, Slots};
 
 /// Settings of a packet path, fixed for its life.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Settings {
     /// Packet threads, each with a TUN queue.
     pub workers: usize,
@@ -36,6 +38,8 @@ pub struct Settings {
     pub slow_start: Duration,
     /// Failed opens in a row that eject an endpoint; 0 = none do.
     pub eject_after: u16,
+    /// Where packets leave that are sent straight on a link; without it the kernel routes all.
+    pub ways: Option<Arc<Ways>>,
 }
 
 impl Default for Settings {
@@ -48,9 +52,15 @@ impl Default for Settings {
             seed: 0,
             slow_start: Duration::from_secs(10),
             eject_after: 5,
+            ways: None,
         }
     }
 }
+
+/// A count that one thread makes, in a cache line of its own.
+#[derive(Default)]
+#[repr(align(64))]
+pub(super) struct Count(pub(super) AtomicU64);
 
 /// Shared state of a packet path.
 pub struct Shared {
@@ -63,6 +73,7 @@ pub struct Shared {
     pub(super) fragments: Fragments,
     pub(super) held: Held,
     pub(super) drops: Box<[Drops]>,
+    pub(super) on_links: Box<[Count]>,
     pub(super) settings: Settings,
     pub(super) names: OnceLock<Names>,
     header: Arc<Region<Header>>,
@@ -106,6 +117,7 @@ impl Shared {
             held: Held::default(),
             table: Arc::new(ArcSwap::from_pointee(RoutingTable::default())),
             drops: (0..=settings.workers).map(|_| Drops::default()).collect(),
+            on_links: (0..=settings.workers).map(|_| Count::default()).collect(),
             slots,
             settings,
             names: OnceLock::new(),
@@ -186,6 +198,11 @@ impl Shared {
     /// Flows ended so far because their endpoints were gone.
     pub fn ended(&self) -> Ended {
         self.flows.ended()
+    }
+
+    /// Packets sent straight on a link so far.
+    pub fn sent_on_links(&self) -> u64 {
+        self.on_links.iter().map(|count| count.0.load(Relaxed)).sum()
     }
 
     /// Packets dropped so far, by reason label.

@@ -16,7 +16,8 @@ use crate::packet_path::keeper::Keeper;
 use crate::packet_path::shared::Shared;
 use crate::packet_path::steer;
 use crate::packet_path::tun::{FRAME_LIMIT, Queue, Sender, Tun};
-use crate::packet_path::worker::{Action, Worker};
+use crate::packet_path::wire::{ROOM, Wire};
+use crate::packet_path::worker::{Action, Worker, count};
 
 /// Interrupts a blocking read; ignored by everything that does not ask for it.
 const WAKE: Signal = Signal::SIGURG;
@@ -55,7 +56,8 @@ pub struct PacketPath {
 }
 
 impl PacketPath {
-    /// Starts a thread for each queue of `tun`, which must be as many as `shared` was made for.
+    /// Starts a thread for each queue of `tun`, which must be as many as `shared` was made for. Fails with `PermissionDenied`
+    /// without `CAP_NET_RAW`, where packets are to be sent on links.
     pub fn start(tun: Tun, shared: Arc<Shared>) -> io::Result<Self> {
         extern "C" fn woken(_: libc::c_int) {}
         let action = SigAction::new(SigHandler::Handler(woken), SaFlags::empty(), SigSet::empty());
@@ -74,7 +76,8 @@ impl PacketPath {
         for (number, queue) in queues.into_iter().enumerate() {
             let (worker, shared) = (Worker::new(Arc::clone(&shared), number), Arc::clone(&shared));
             let course = Arc::clone(&course);
-            let body = move || run(queue, worker, &shared, number, &course);
+            let wire = shared.settings.ways.clone().map(Wire::open).transpose()?;
+            let body = move || run(queue, worker, wire.as_ref(), &shared, number, &course);
             threads.threads.push(std::thread::Builder::new().name(format!("packets-{number}")).spawn(body)?);
         }
         let body = move || keep(out, &shared, threads);
@@ -132,12 +135,19 @@ impl Drop for Threads {
     }
 }
 
-fn run(mut queue: Queue, mut worker: Worker, shared: &Shared, thread: usize, course: &Course) {
-    let mut frame = vec![0; FRAME_LIMIT];
+fn run(mut queue: Queue, mut worker: Worker, wire: Option<&Wire>, shared: &Shared, thread: usize, course: &Course) {
+    let mut frame = vec![0; ROOM + FRAME_LIMIT];
     let mut pass = |queue: &mut Queue| {
-        let length = queue.read(&mut frame)?;
-        let sent = match worker.handle(&mut frame[..length], now_ms()) {
-            Action::Send => queue.send(&frame[..length]),
+        let end = ROOM + queue.read(&mut frame[ROOM..])?;
+        let now_ms = now_ms();
+        let sent = match worker.handle(&mut frame[ROOM..end], now_ms) {
+            Action::Send => match wire.zip(worker.onward()) {
+                Some((wire, to)) if wire.send(&mut frame[..end], to, now_ms) => {
+                    count(&shared.on_links[thread].0, 1);
+                    Ok(())
+                }
+                _ => queue.send(&frame[ROOM..end]),
+            },
             Action::Answer(length) => queue.send(worker.answer(length)),
             Action::Discard => Ok(()),
         };

@@ -41,6 +41,8 @@ pub struct Worker {
     pub(super) name_answer: Vec<u8>,
     /// Clients may wait for a first endpoint; when not, they have waited.
     pub(super) holds: bool,
+    /// See [`Worker::onward`].
+    pub(super) onward: Option<Address>,
 }
 
 impl Worker {
@@ -55,6 +57,7 @@ impl Worker {
             answer: Box::new([0; vnet::LEN + reply::LIMIT]),
             name_answer: Vec::with_capacity(reply::LIMIT),
             holds: true,
+            onward: None,
         }
     }
 
@@ -71,7 +74,14 @@ impl Worker {
         &self.answer[..length]
     }
 
+    /// Where the packet goes that [`Action::Send`] speaks of, when it may be sent there on a link. Connection tracking must see
+    /// requests with the client's address: it is what brings their replies to us.
+    pub(super) fn onward(&self) -> Option<Address> {
+        self.onward
+    }
+
     fn step(&mut self, frame: &mut [u8], now_ms: u64) -> Result<Action, Drop> {
+        self.onward = None;
         let Some((header, bytes)) = frame.split_at_mut_checked(vnet::LEN) else {
             return Err(Drop::Malformed(crate::packet::Malformed::IpHeader));
         };
@@ -125,7 +135,11 @@ impl Worker {
         };
         self.shared.fragments.keep(packet, Fate::Flow(key), now_ms);
         let flows = &self.shared.flows;
-        rewrite::rewrite(bytes, packet, partial, &hit.fields().translation(hit.direction, flows.masquerade()));
+        let translation = hit.fields().translation(hit.direction, flows.masquerade());
+        rewrite::rewrite(bytes, packet, partial, &translation);
+        if hit.direction == Direction::Reply || hit.fields().source != Source::Preserved {
+            self.onward = Some(translation.destination);
+        }
         match tcp {
             Some(tcp) => flows.see_tcp(&hit, &tcp, packet.length, now_ms),
             None => flows.see_datagram(&hit, packet.length, now_ms),

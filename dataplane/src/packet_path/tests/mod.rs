@@ -46,6 +46,22 @@ fn others_are_masqueraded_and_so_is_an_endpoint_that_reaches_itself() {
 }
 
 #[test]
+fn only_packets_that_connection_tracking_need_not_see_may_go_by_a_link() {
+    let mut path = Path::new(16);
+    path.serve(Protocol::Tcp, &["10.244.1.1:8080"]);
+    for (client, to, request_may) in [(CLIENT, FRONTEND, false), ("8.8.8.8:999", "192.168.0.1:30080", true)] {
+        let (seen, endpoint, ..) = path.tcp(client, to, "S").unwrap();
+        let onward = |path: &Path| path.worker.onward().map(crate::flow::Address::ip);
+        assert_eq!(onward(&path), request_may.then_some(endpoint.ip()), "{client}");
+        path.send(tcp(endpoint, seen, "SA")).unwrap();
+        assert_eq!(onward(&path), Some(socket(client).ip()));
+        // Nothing of it stays for the next packet, which is none of ours.
+        path.tcp("8.8.8.8:1", "9.9.9.9:2", "S").unwrap();
+        assert_eq!(onward(&path), None);
+    }
+}
+
+#[test]
 fn a_client_port_in_use_towards_the_only_endpoint_is_masqueraded() {
     let mut path = Path::new(16);
     path.serve(Protocol::Tcp, &["10.244.1.1:8080"]);

@@ -1,0 +1,57 @@
+//! What `packetPath: links` asks of the daemon: answers for the packet threads, and news of links.
+
+use std::io::ErrorKind;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result};
+use sluice_dataplane::packet_path::{PacketPath, Settings, Shared, Tun, Ways};
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+
+use crate::config::{self, Config};
+use crate::host::{Lacking, ways};
+
+/// The part of the daemon that follows links. With `packetPath: kernel` it does nothing.
+pub(crate) struct AtLinks {
+    changed: Arc<Notify>,
+    finder: Option<JoinHandle<Result<()>>>,
+}
+
+impl AtLinks {
+    /// Has packets sent on links, where the configuration says so.
+    pub(crate) fn start(config: &Config, settings: &mut Settings) -> Result<Self> {
+        let changed = Arc::new(Notify::new());
+        let finder = match config.packet_path {
+            config::PacketPath::Kernel => None,
+            config::PacketPath::Links => {
+                let ways = Arc::new(Ways::new().context("packetPath: links: no socket for questions")?);
+                settings.ways = Some(Arc::clone(&ways));
+                Some(tokio::spawn(ways::answer(ways, Arc::clone(&changed))))
+            }
+        };
+        Ok(Self { changed, finder })
+    }
+
+    /// Waits until links came or went.
+    pub(crate) async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    /// Fails when packet threads are not answered any more.
+    pub(crate) async fn check(&mut self) -> Result<()> {
+        match self.finder.take_if(|finder| finder.is_finished()) {
+            Some(finder) => finder.await?.context("packetPath: links"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Starts the packet threads.
+pub(crate) fn start_packet_path(tun: Tun, shared: &Arc<Shared>) -> Result<PacketPath> {
+    PacketPath::start(tun, Arc::clone(shared)).map_err(|error| match error.kind() {
+        ErrorKind::PermissionDenied => {
+            Lacking(format!("packetPath: links needs CAP_NET_RAW to send on links: {error}")).into()
+        }
+        _ => anyhow::Error::new(error).context("cannot start the packet threads"),
+    })
+}
