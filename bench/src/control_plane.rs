@@ -10,6 +10,12 @@ use serde_json::{Value, json};
 
 use crate::netns::NetNs;
 
+/// Controllers that it runs: those that make Pods of workloads and EndpointSlices of Pods, and what they build on.
+const CONTROLLERS: &str = "--controllers=deployment-controller,replicaset-controller,statefulset-controller,\
+    daemonset-controller,endpointslice-controller,endpointslice-mirroring-controller,namespace-controller,\
+    serviceaccount-controller,garbage-collector-controller";
+/// How an administrator tells who they are.
+const ADMIN: [&str; 2] = ["--oauth2-bearer", "admin-token"];
 /// Most that a program of it may take to get ready; two cores are shared with other tests.
 const READY: Duration = Duration::from_secs(120);
 
@@ -86,10 +92,9 @@ impl ControlPlane {
         Ok(())
     }
 
-    /// Starts the controllers that make EndpointSlices of Pods.
+    /// Starts the controllers that make Pods of workloads and EndpointSlices of Pods.
     pub fn start_controllers(&mut self) -> Result<()> {
-        let controllers = "--controllers=endpointslice-controller,serviceaccount-controller";
-        let flags = [controllers, "--allocate-node-cidrs=false"];
+        let flags = [CONTROLLERS, "--allocate-node-cidrs=false", "--kube-api-qps=200", "--kube-api-burst=400"];
         let program = "kube-controller-manager";
         self.controllers = Some(spawn(&self.ns, self.folder.path(), &self.address, program, &flags)?);
         // Without its service account no Pod is accepted.
@@ -192,18 +197,31 @@ impl ControlPlane {
         ask("/v3/kv/compaction", json!({"revision": revision, "physical": true})).map(drop)
     }
 
+    /// A watch of what is at this path: what there is as events `ADDED`, then all that happens, one JSON object a line on
+    /// the standard output of a process that ends with the watch.
+    pub fn watch(&self, path: &str) -> Result<Child> {
+        let url = self.url(&format!("{path}?watch=1"));
+        let mut command = self.ns.command("curl");
+        command.args(["-sS", "--no-buffer", "--fail", "--cacert"]).arg(self.certificate()).args(ADMIN).arg(url);
+        command.stdout(Stdio::piped()).spawn().with_context(|| format!("cannot watch {path}"))
+    }
+
     /// A request by an administrator; the answer.
-    fn request(&self, method: &str, path: &str, body: Option<&Value>) -> Result<String> {
+    pub fn request(&self, method: &str, path: &str, body: Option<&Value>) -> Result<String> {
         let kind = if method == "PATCH" { "application/merge-patch+json" } else { "application/json" };
         let (certificate, kind) = (self.certificate().display().to_string(), format!("Content-Type: {kind}"));
-        let url = format!("https://{}:6443{path}", self.address);
-        let mut arguments = vec!["--cacert", &certificate, "--oauth2-bearer", "admin-token", "-H", &kind, "-X", method];
+        let url = self.url(path);
+        let mut arguments = vec!["--cacert", &certificate, ADMIN[0], ADMIN[1], "-H", &kind, "-X", method];
         let body = body.map(Value::to_string);
         if let Some(body) = &body {
             arguments.extend(["--data", body]);
         }
         arguments.push(&url);
         self.curl(&arguments)
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("https://{}:6443{path}", self.address)
     }
 
     fn curl(&self, arguments: &[&str]) -> Result<String> {

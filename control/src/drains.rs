@@ -128,7 +128,7 @@ fn withhold(port: &mut PortSpec) {
         list.addresses.retain(|address| !drained.contains(address));
         let count = before - list.addresses.len();
         if count > 0 {
-            list.why = format!("{}, {count} of them drained by hand", list.why);
+            list.why = format!("{}, {count} of them drained by hand", list.why).into();
         }
     };
     take_out(&mut port.cluster);

@@ -145,7 +145,7 @@ pub fn serve_names(spec: &mut ServiceSpec, listen: &[SocketAddr]) {
     for port in &mut spec.ports {
         let own = listen.iter().find(|address| Family::of(address.ip()) == port.family);
         let own = own.filter(|_| matches!(port.protocol, Protocol::Tcp | Protocol::Udp)).copied();
-        let list = |why: &str| EndpointList { addresses: own.into_iter().collect(), why: why.to_owned() };
+        let list = |why: &str| EndpointList { addresses: own.into_iter().collect(), why: why.into() };
         port.cluster = list("names are answered on this node");
         port.local = list("names are answered on this node");
         port.endpoints = own.into_iter().map(EndpointSpec::ready).collect();

@@ -17,14 +17,21 @@ pub const ADDRESS: &str = "10.244.255.1";
 /// A node whose Services come from an API server, with two Pods; the Node and the Service `web` with the first are there.
 #[must_use]
 pub fn cluster() -> (Cluster, ControlPlane) {
-    let mut cluster = Cluster::new().unwrap();
+    let (mut cluster, plane) = empty();
     cluster.add_pod(1).unwrap();
     cluster.add_pod(2).unwrap();
+    publish(&cluster, &plane, "web", 10);
+    (cluster, plane)
+}
+
+/// A node whose Services come from an API server, which has nothing but the Node.
+#[must_use]
+pub fn empty() -> (Cluster, ControlPlane) {
+    let mut cluster = Cluster::new().unwrap();
     let pod = cluster.topology.add_pod("control-plane", &[ADDRESS.parse().unwrap()]).unwrap();
     let plane = ControlPlane::start(pod.ns, ADDRESS).unwrap();
     let addresses: Vec<IpAddr> = cluster.topology.config.node.iter().map(ipnet::IpNet::addr).collect();
     plane.create(&manifests::node(&addresses)).unwrap();
-    publish(&cluster, &plane, "web", 10);
     cluster.watch_api(plane.kubeconfig("proxy"));
     cluster.arguments(&["--log-level", "info,sluice_control::source::api=debug"]);
     (cluster, plane)

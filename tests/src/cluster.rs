@@ -5,6 +5,7 @@ use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -34,7 +35,7 @@ pub struct ServingPod {
 /// The whole set-up. Dropping it stops the daemon and removes everything.
 pub struct Cluster {
     /// Namespaces.
-    pub topology: Topology,
+    pub topology: Arc<Topology>,
     /// Pods, the first made first.
     pub pods: Vec<ServingPod>,
     folder: tempfile::TempDir,
@@ -50,7 +51,7 @@ impl Cluster {
         let folder = tempfile::tempdir().context("a folder for manifests and state")?;
         fs::create_dir(folder.path().join("manifests"))?;
         fs::write(folder.path().join("config.yaml"), "localControllers: false\n")?;
-        let topology = Topology::new(TopologyConfig::default())?;
+        let topology = Arc::new(Topology::new(TopologyConfig::default())?);
         let cluster = Self {
             topology,
             pods: Vec::new(),

@@ -1,12 +1,14 @@
 //! Helpers of the whole-program tests: they drive the built programs from outside, as a user would.
 
 pub mod api_cluster;
+pub mod apply;
 pub mod cluster;
 pub mod control_plane;
 pub mod dns;
 pub mod fake_api;
 pub mod http;
 pub mod kube_proxy;
+pub mod kubelet;
 pub mod lab;
 pub mod manifests;
 pub mod naive;

@@ -15,6 +15,7 @@ use sluice_bench::client::{Target, ask};
 use sluice_bench::link::{LinkConfig, configure};
 use sluice_bench::netns::NetNs;
 use sluice_control::config::Config;
+use sluice_tests::apply;
 use sluice_tests::cluster::{Cluster, SOON};
 use sluice_tests::control_plane::{self, ControlPlane};
 use sluice_tests::kube_proxy::has_tool;
@@ -35,8 +36,7 @@ fn folder(name: &str) -> PathBuf {
 }
 
 fn objects(text: &str) -> Vec<Value> {
-    let documents: Vec<Value> = serde_saphyr::from_multiple(text).unwrap();
-    documents.into_iter().filter(|document| !document.is_null()).collect()
+    apply::documents(text).unwrap()
 }
 
 fn kustomize(name: &str) -> Vec<Value> {
@@ -169,6 +169,19 @@ fn normal(object: &Value) -> (String, Value) {
         }
     }
     (format!("{} {}", object["kind"], object["metadata"]["name"]), object)
+}
+
+#[test]
+fn what_the_systemd_unit_does_not_allow_is_refused_and_ends_nothing() {
+    let unit = std::fs::read_to_string(folder("systemd/sluice.service")).unwrap();
+    let value = |key: &str| unit.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+    assert!(value("SystemCallFilter").is_some());
+    // Without it systemd ends the daemon for bpf(2), which it tries where it has several packet threads.
+    assert_eq!(value("SystemCallErrorNumber"), Some("EPERM"));
+    // A node without its data plane for good, after five failures in ten seconds: that is systemd's default.
+    assert_eq!(value("StartLimitIntervalSec"), Some("0"));
+    // The second for port 53.
+    assert_eq!(value("CapabilityBoundingSet"), Some("CAP_NET_ADMIN CAP_NET_BIND_SERVICE"));
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! `sluice demo`: a private cluster on this machine, real connections through the real daemon, and how they fared.
 //!
 //! [`workloads`] says which Pods the manifests ask for, [`pods`] runs them, [`cluster`] publishes what a cluster's API
-//! would serve, [`daemon`] runs `sluice run` on it, [`traffic`] dials [`frontends`], [`rollout`] changes the cluster
-//! meanwhile, [`naming`] asks for names, [`report`] sums up.
+//! would serve, [`daemon`] runs `sluice run` on it, [`traffic`] dials [`mod@frontends`], [`rollout`] changes the cluster
+//! meanwhile, [`naming`] asks for names, [`mod@report`] sums up.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;

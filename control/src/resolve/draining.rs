@@ -13,7 +13,7 @@ pub(super) fn fallback<'m, 'c: 'm, 's: 'c>(
         endpoints.filter(|endpoint| endpoint.of.drains()).map(|endpoint| endpoint.address).collect();
     let (plural, verb) = if addresses.len() == 1 { ("", "serves") } else { ("s", "serve") };
     let why = format!("none ready{place}: {} terminating endpoint{plural} still {verb}", addresses.len());
-    EndpointList { addresses, why }
+    EndpointList { addresses, why: why.into() }
 }
 
 #[cfg(test)]
@@ -55,7 +55,7 @@ mod tests {
     fn the_reason_says_that_they_drain() {
         let web = service(json!({"internalTrafficPolicy": "Local", "externalIPs": ["198.51.100.1"]}));
         let port = port(&web, &[slice_of(&["10.0.0.1 here unready terminating", "10.0.0.2 unready terminating"])]);
-        assert_eq!(port.cluster.why, "none ready: 2 terminating endpoints still serve");
-        assert_eq!(port.local.why, "none ready on this node: 1 terminating endpoint still serves");
+        assert_eq!(&*port.cluster.why, "none ready: 2 terminating endpoints still serve");
+        assert_eq!(&*port.local.why, "none ready on this node: 1 terminating endpoint still serves");
     }
 }

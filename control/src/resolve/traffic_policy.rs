@@ -70,7 +70,7 @@ fn cluster(endpoints: &[Merged<'_, '_>], node: &NodeFacts) -> EndpointList {
         }
         None => are_ready(addresses.len(), endpoints.len(), ""),
     };
-    EndpointList { addresses, why }
+    EndpointList { addresses, why: why.into() }
 }
 
 /// The ready endpoints on this node; where none is ready here, those here that drain, whatever there is elsewhere.
@@ -85,12 +85,12 @@ fn local(endpoints: &[Merged<'_, '_>]) -> EndpointList {
         (count, of_node) if count < of_node => are_ready(count, of_node, HERE),
         (count, _) => of(count, endpoints.len(), "endpoint").0 + HERE,
     };
-    EndpointList { addresses, why }
+    EndpointList { addresses, why: why.into() }
 }
 
 fn nothing(total: usize) -> EndpointList {
     let why = if total == 0 { "there are no endpoints".to_owned() } else { are_ready(0, total, "") };
-    EndpointList { addresses: Vec::new(), why }
+    EndpointList { addresses: Vec::new(), why: why.into() }
 }
 
 fn are_ready(count: usize, total: usize, place: &str) -> String {
@@ -167,7 +167,7 @@ mod tests {
             (&[], 0, "there are no endpoints"),
         ] {
             let list = port(&web, &[slice_of(endpoints)]).local;
-            assert_eq!((list.addresses.len(), list.why.as_str()), (chosen, why), "{endpoints:?}");
+            assert_eq!((list.addresses.len(), &*list.why), (chosen, why), "{endpoints:?}");
         }
     }
 

@@ -166,7 +166,7 @@ impl Worker {
     /// endpoint that no longer serves; a connection to an endpoint that is gone is over.
     fn standing(&self, hit: &Hit, tcp: Option<Tcp>) -> Stands {
         let fields = hit.fields();
-        let endpoint = self.shared.slots.endpoint(self.thread, fields.endpoint_slot).standing();
+        let endpoint = self.shared.slots.standing(fields.endpoint_slot);
         match (tcp, hit.direction) {
             (Some(tcp), direction) => {
                 let begins = direction == Direction::Request && tcp.syn && !tcp.ack;
@@ -280,8 +280,8 @@ impl Worker {
         let flows = &self.shared.flows;
         let hit = quoted.protocol().and_then(|protocol| flows.find(&icmp::key_of_receiver(&quoted, protocol)));
         if let Some(hit) = hit {
-            let endpoint = self.shared.slots.endpoint(self.thread, hit.fields().endpoint_slot);
-            if endpoint.standing() == Standing::Gone || hit.state() == State::Reset {
+            let standing = self.shared.slots.standing(hit.fields().endpoint_slot);
+            if standing == Standing::Gone || hit.state() == State::Reset {
                 return Err(Drop::EndpointGone);
             }
             if icmp::is_unreachable(bytes, packet)

@@ -42,8 +42,8 @@ pub struct TableBuilder {
 struct Owned {
     spec: ServiceSpec,
     frontends: Vec<FrontendKey>,
-    /// Endpoints that are in a list.
-    listed: AHashSet<EndpointSlot>,
+    /// Endpoints that are in a list, sorted.
+    listed: Box<[EndpointSlot]>,
 }
 
 impl TableBuilder {
@@ -101,7 +101,8 @@ impl TableBuilder {
         let ports = &self.services.get(service)?.spec.ports;
         let mut same = ports.iter().filter(|spec| spec.name == port && spec.protocol == protocol);
         let endpoint = same.find_map(|spec| endpoints_of(spec).find(|other| other.address == endpoint))?;
-        self.endpoint_slots.get(&endpoint_name(port_name(service, port, protocol), &endpoint)).map(EndpointSlot)
+        let name = endpoint_name(port_name(service, port, protocol).into(), &endpoint);
+        self.endpoint_slots.get(&name).map(EndpointSlot)
     }
 
     /// Every endpoint that has a slot: those in force, and those that left and have flows or had until recently.
@@ -110,12 +111,13 @@ impl TableBuilder {
     }
 
     /// Puts a Service in place of what it had; an equal spec changes nothing. Returns whether something changed.
-    pub fn set(&mut self, spec: ServiceSpec) -> bool {
+    pub fn set(&mut self, mut spec: ServiceSpec) -> bool {
         let old = match self.services.get(&spec.name) {
             Some(owned) if owned.spec == spec => return false,
             Some(_) => self.services.remove(&spec.name),
             None => None,
         };
+        spec.shrink();
         let seniority = (spec.created.unwrap_or(i64::MAX), spec.name.clone());
         // New claims and slots come first, so that what stays keeps its slot.
         let ports: Vec<Arc<ServicePort>> = spec.ports.iter().map(|port| self.port(&spec, port)).collect();
@@ -123,7 +125,8 @@ impl TableBuilder {
         let was_listed = old.as_ref().map(|old| &old.listed);
         for slot in &listed {
             // After a restart nothing is known of the last lists: who was in one then is not new.
-            let is_new = was_listed.map_or(!self.slots.has_entered(*slot), |before| !before.contains(slot));
+            let is_new =
+                was_listed.map_or(!self.slots.has_entered(*slot), |before| before.binary_search(slot).is_err());
             if is_new {
                 self.slots.enter(*slot);
             }
@@ -228,7 +231,7 @@ impl TableBuilder {
     }
 
     fn port(&mut self, spec: &ServiceSpec, port: &PortSpec) -> Arc<ServicePort> {
-        let name = port_name(&spec.name, &port.name, port.protocol);
+        let name = Arc::new(port_name(&spec.name, &port.name, port.protocol));
         let slots = &self.slots;
         let slot = PortSlot(self.port_slots.intern(
             &name,
@@ -242,7 +245,7 @@ impl TableBuilder {
         let vips = if port.source_ranges_admit_vips { port.load_balancer_ips.clone() } else { Vec::new() };
         Arc::new(ServicePort {
             service: spec.name.clone(),
-            name: name.port,
+            name: Arc::clone(&name.port),
             protocol: port.protocol,
             number: port.number,
             family: port.family,
@@ -262,8 +265,8 @@ impl TableBuilder {
     }
 
     /// Gives an endpoint a slot and takes in what is known of its life. One that was gone begins another life.
-    fn endpoint(&mut self, port: &PortName, spec: &PortSpec, endpoint: &EndpointSpec) -> Endpoint {
-        let (slots, name) = (&self.slots, endpoint_name(port.clone(), endpoint));
+    fn endpoint(&mut self, port: &Arc<PortName>, spec: &PortSpec, endpoint: &EndpointSpec) -> Endpoint {
+        let (slots, name) = (&self.slots, endpoint_name(Arc::clone(port), endpoint));
         self.holders.arrives(&name, slots);
         let is_gone = |slot| matches!(slots.life(EndpointSlot(slot)), Some(Life::Gone(_)));
         let assign = |slot, identity| slots.assign_endpoint(EndpointSlot(slot), identity, name.uid);
@@ -278,18 +281,18 @@ impl TableBuilder {
             self.unclaim(*key, &old.spec.name);
         }
         let keep = next.map(slots_of).unwrap_or_default();
-        let place = |(port, endpoint): &(PortName, Option<(SocketAddr, Uid)>)| (port.clone(), endpoint.map(|it| it.0));
+        let place = |(port, endpoint): &UsedSlot| (Arc::clone(port), endpoint.map(|it| it.0));
         let mut places = None;
         for (port, endpoint) in slots_of(&old.spec).difference(&keep) {
             let Some((address, uid)) = *endpoint else {
                 self.port_slots.retire(port);
                 continue;
             };
-            let name = EndpointName { port: port.clone(), address, uid };
+            let name = EndpointName { port: Arc::clone(port), address, uid };
             if let Some(slot) = self.endpoint_slots.retire(&name) {
                 let places = places.get_or_insert_with(|| keep.iter().map(place).collect::<AHashSet<_>>());
                 self.slots.leave(EndpointSlot(slot));
-                let is_replaced = places.contains(&(port.clone(), Some(address)));
+                let is_replaced = places.contains(&(Arc::clone(port), Some(address)));
                 self.holders.leaves(&name, EndpointSlot(slot), is_replaced, &self.slots);
             }
         }
@@ -357,12 +360,15 @@ fn frontends_of(port: &PortSpec) -> impl Iterator<Item = (FrontendKey, FrontendK
         .chain(node_port)
 }
 
+/// A Service port, or one of its endpoints.
+type UsedSlot = (Arc<PortName>, Option<(SocketAddr, Uid)>);
+
 /// Every slot a Service uses: its ports and their endpoints, in a list or not.
-fn slots_of(spec: &ServiceSpec) -> AHashSet<(PortName, Option<(SocketAddr, Uid)>)> {
+fn slots_of(spec: &ServiceSpec) -> AHashSet<UsedSlot> {
     let mut slots = AHashSet::new();
     for port in &spec.ports {
-        let name = port_name(&spec.name, &port.name, port.protocol);
-        slots.extend(endpoints_of(port).map(|endpoint| (name.clone(), Some((endpoint.address, endpoint.uid)))));
+        let name = Arc::new(port_name(&spec.name, &port.name, port.protocol));
+        slots.extend(endpoints_of(port).map(|endpoint| (Arc::clone(&name), Some((endpoint.address, endpoint.uid)))));
         slots.insert((name, None));
     }
     slots
@@ -377,21 +383,24 @@ fn endpoints_of(port: &PortSpec) -> impl Iterator<Item = EndpointSpec> {
     port.endpoints.iter().copied().chain(only_listed)
 }
 
-/// The endpoints that new flows may get.
-fn listed(ports: &[Arc<ServicePort>]) -> AHashSet<EndpointSlot> {
+/// The endpoints that new flows may get, sorted.
+fn listed(ports: &[Arc<ServicePort>]) -> Box<[EndpointSlot]> {
     let lists = ports.iter().flat_map(|port| [&port.cluster.list, &port.local.list]);
-    lists.flat_map(|list| list.iter().map(|endpoint| endpoint.slot)).collect()
+    let mut slots: Vec<EndpointSlot> = lists.flat_map(|list| list.iter().map(|endpoint| endpoint.slot)).collect();
+    slots.sort_unstable();
+    slots.dedup();
+    slots.into()
 }
 
 fn pick(endpoints: &AHashMap<SocketAddr, Endpoint>, list: &EndpointList) -> Endpoints {
     let list_of = list.addresses.iter().filter_map(|address| endpoints.get(address).cloned()).collect();
-    Endpoints { list: list_of, why: list.why.as_str().into() }
+    Endpoints { list: list_of, why: Arc::clone(&list.why) }
 }
 
 fn port_name(service: &ServiceName, port: &str, protocol: Protocol) -> PortName {
     PortName { service: service.clone(), port: port.into(), protocol }
 }
 
-fn endpoint_name(port: PortName, endpoint: &EndpointSpec) -> EndpointName {
+fn endpoint_name(port: Arc<PortName>, endpoint: &EndpointSpec) -> EndpointName {
     EndpointName { port, address: endpoint.address, uid: endpoint.uid }
 }

@@ -1,7 +1,7 @@
 //! What all threads, and the next process, share of an endpoint: who it is, where in its life, how many flows it has.
 //!
-//! Lives change under one lock, which no packet thread takes. What packets must know of them lies in the counting cells of
-//! each thread ([`Standing`]), so that it costs no cache line more.
+//! Lives change under one lock, which no packet thread takes. What packets must know of them ([`Standing`]) lies apart,
+//! where nothing else is written.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::Release};

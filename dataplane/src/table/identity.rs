@@ -23,8 +23,8 @@ pub struct PortName {
 /// An endpoint of a Service port.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct EndpointName {
-    /// Service port.
-    pub port: PortName,
+    /// Service port; all its endpoints have one copy of its name.
+    pub port: Arc<PortName>,
     /// Address and port.
     pub address: SocketAddr,
     /// Who has the address.
@@ -187,7 +187,7 @@ mod tests {
 
     fn endpoint(port: &str, address: &str, uid: u64) -> EndpointName {
         let port = PortName { service: ServiceName::new("ns", "a"), port: port.into(), protocol: Protocol::Tcp };
-        EndpointName { port, address: address.parse().unwrap(), uid: Uid(uid) }
+        EndpointName { port: port.into(), address: address.parse().unwrap(), uid: Uid(uid) }
     }
 
     #[test]

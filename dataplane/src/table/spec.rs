@@ -61,7 +61,7 @@ pub struct EndpointList {
     /// Addresses, without duplicates.
     pub addresses: Vec<SocketAddr>,
     /// The rule that made the list, for `trace`: "2 of 3 endpoints are ready".
-    pub why: String,
+    pub why: Arc<str>,
 }
 
 /// Who an endpoint is, besides its address: with another uid, the same address is another endpoint. Zero is unknown.
@@ -119,6 +119,18 @@ pub struct ServiceSpec {
     pub created: Option<i64>,
     /// Ports, one entry for each family in which the Service has a ClusterIP.
     pub ports: Vec<PortSpec>,
+}
+
+impl ServiceSpec {
+    /// Gives back the room that its lists were not filled to: hundreds of bytes of each of many Services.
+    pub(super) fn shrink(&mut self) {
+        self.ports.shrink_to_fit();
+        for port in &mut self.ports {
+            port.endpoints.shrink_to_fit();
+            port.cluster.addresses.shrink_to_fit();
+            port.local.addresses.shrink_to_fit();
+        }
+    }
 }
 
 /// One port of one Service in one family.
@@ -189,7 +201,7 @@ impl PortSpec {
             affinity: None,
             balancing: Balancing::default(),
             has_any_endpoint: !ready.is_empty(),
-            cluster: EndpointList { addresses: ready, why: String::new() },
+            cluster: EndpointList { addresses: ready, why: "".into() },
             local: EndpointList::default(),
             endpoints,
             retry: true,

@@ -196,5 +196,5 @@ fn five_thousand_endpoints_in_fifty_slices_are_merged() {
         })
         .collect();
     let port = port(&service(json!({})), &slices);
-    assert_eq!((port.cluster.addresses.len(), port.cluster.why.as_str()), (5000, "5000 of 5000 endpoints are ready"));
+    assert_eq!((port.cluster.addresses.len(), &*port.cluster.why), (5000, "5000 of 5000 endpoints are ready"));
 }

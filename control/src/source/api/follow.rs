@@ -85,7 +85,8 @@ pub(super) async fn follow<K: Watched>(
             Ok(Ended::Unheard) => return,
             Ok(Ended::Unknown) => UNKNOWN_INTERVAL,
             Ok(Ended::Watch) if is_settled => Duration::ZERO,
-            Ok(Ended::Watch) => backoff.next(true, None, fastrand::f64()),
+            // Begun, so it is not refused: somebody in between cuts it off.
+            Ok(Ended::Watch) => backoff.next(false, None, fastrand::f64()),
             Err(failure) => {
                 let is_reached = failure.code.is_some();
                 let delay = backoff.next(is_reached, failure.retry_after, fastrand::f64());

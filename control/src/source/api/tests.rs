@@ -210,6 +210,19 @@ async fn half_an_answer_is_asked_for_again_and_a_watch_goes_on_from_the_last_ver
 }
 
 #[tokio::test]
+async fn a_watch_that_is_cut_off_again_and_again_is_soon_begun_again() {
+    let server = StandIn::default();
+    // As long as for refusals would be more than what is waited here.
+    for _ in 0..8 {
+        server.answer("services watch", Answer::Text(200, String::new()));
+    }
+    server.answer("services watch", Answer::Open(event("ADDED", service("a", "2", 1))));
+    let (mut updates, _kubeconfig) = server.watch(PATIENCE).await;
+    while !words(&mut updates).await.0.contains("+a") {}
+    assert_eq!(server.asked("services watch").len(), 9);
+}
+
+#[tokio::test]
 async fn an_expired_version_is_listed_again_and_only_differences_are_told() {
     let server = StandIn::default();
     server.answer("services list", list(&[service("a", "3", 1), service("b", "3", 1)], "7", ""));
