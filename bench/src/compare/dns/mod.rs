@@ -21,6 +21,7 @@ use crate::cli::parse_duration;
 use crate::compare::stats::Figure;
 use crate::daemon;
 use crate::lab::{Lab, Lacking};
+use crate::manifests;
 use crate::progress::Line;
 use peer::{Peer, on_core};
 
@@ -160,7 +161,9 @@ fn control_plane(lab: &Lab, arguments: &DnsCompareArgs) -> Result<ControlPlane> 
         ensure!(Instant::now() < deadline, "no default namespace: {error:#}");
         std::thread::sleep(Duration::from_millis(100));
     }
-    plane.create_all(objects::all(lab, arguments.services, arguments.endpoints))?;
+    // Sluice waits for the addresses of its own Node, and those are status.
+    plane.create(&manifests::node(lab))?;
+    plane.create_all(objects::all(arguments.services, arguments.endpoints))?;
     Ok(plane)
 }
 

@@ -7,19 +7,16 @@ use hickory_proto::rr::RecordType;
 use serde_json::{Value, json};
 use sluice_bench::workload::questions::{Question, is_headless};
 
-use crate::lab::Lab;
 use crate::manifests;
 
 /// The headless Service whose slice is changed.
 pub(super) const CHANGED: usize = 4;
 
-/// Node, Services `other-N` and slices, so many endpoints in all.
-pub(super) fn all(lab: &Lab, services: usize, endpoints: usize) -> impl Iterator<Item = Value> {
-    let mut node = manifests::node(lab);
-    node.as_object_mut().map(|node| node.remove("status"));
+/// Services `other-N` and slices, so many endpoints in all.
+pub(super) fn all(services: usize, endpoints: usize) -> impl Iterator<Item = Value> {
     let at = move |index: usize| index * endpoints / services;
     let of_service = move |index| [service(index), slice(index, (at(index)..at(index + 1)).map(address))];
-    [node].into_iter().chain((0..services).flat_map(of_service))
+    (0..services).flat_map(of_service)
 }
 
 /// A question for the addresses of a Service.
