@@ -50,8 +50,9 @@ impl Watch {
     /// Watches this object until the API server ends.
     pub(super) fn start(client: &ApiClient, object: &Value) -> Result<Self> {
         let name = object["metadata"]["name"].as_str().context("a name")?;
-        let path =
-            format!("{}?watch=true&fieldSelector=metadata.name%3D{name}&timeoutSeconds=86400", collection(object)?);
+        // From whatever version it has in memory: to be as new as etcd, it would wait for a change of another object.
+        let which = format!("fieldSelector=metadata.name%3D{name}&resourceVersion=0&timeoutSeconds=86400");
+        let path = format!("{}?watch=true&{which}", collection(object)?);
         let (client, (sender, events)) = (client.clone(), channel());
         let wanted = Arc::new(());
         let is_wanted = Arc::downgrade(&wanted);
