@@ -165,7 +165,14 @@ impl Daemon {
 /// A figure without labels that the daemon in this lab tells.
 pub(crate) fn metric(lab: &Lab, name: &str) -> Result<f64> {
     let page = lab.topology.node.run(|| {
-        let mut stream = TcpStream::connect_timeout(&ADMIN, PATIENCE).context("cannot reach the daemon")?;
+        // It forwards packets a moment before it can be asked.
+        let deadline = Instant::now() + PATIENCE;
+        let mut stream = loop {
+            match TcpStream::connect_timeout(&ADMIN, PATIENCE) {
+                Err(_) if Instant::now() < deadline => thread::sleep(Duration::from_millis(10)),
+                connected => break connected.context("cannot reach the daemon")?,
+            }
+        };
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: sluice\r\nConnection: close\r\n\r\n")?;
         let mut page = String::new();

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io::{self, ErrorKind};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering::Relaxed};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,8 @@ use crate::sctp;
 pub const RESEND: Duration = Duration::from_secs(1);
 /// How often servers look whether they are to end.
 pub(crate) const LOOK: Duration = Duration::from_millis(50);
+/// Ports of conversations: no node ports, and none that Sluice masquerades with.
+const PORTS: std::ops::Range<u16> = 10_000..30_000;
 
 /// Protocols of Services.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,10 +65,18 @@ fn connect(to: SocketAddr, wait: Duration) -> Result<Answer, Failure> {
 pub struct Conversation(UdpSocket);
 
 impl Conversation {
-    /// From a new port of the calling thread's namespace.
+    /// From a port that no other conversation of this program had: flows from one port to one endpoint by two frontends cannot
+    /// both keep the client's address.
     pub fn new(to: SocketAddr) -> io::Result<Self> {
+        static NEXT: AtomicU16 = AtomicU16::new(0);
         let any = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-        let socket = UdpSocket::bind(SocketAddr::new(any, 0))?;
+        let socket = loop {
+            let port = PORTS.start + NEXT.fetch_add(1, Relaxed) % (PORTS.end - PORTS.start);
+            match UdpSocket::bind(SocketAddr::new(any, port)) {
+                Err(error) if error.kind() == ErrorKind::AddrInUse => {}
+                bound => break bound?,
+            }
+        };
         socket.connect(to)?;
         Ok(Self(socket))
     }
