@@ -71,21 +71,22 @@ fn named(failures: &Failures) -> String {
 }
 
 /// Latencies in nanoseconds, for programs.
-fn percentiles(latency: &Histogram<u64>) -> Value {
+pub(crate) fn percentiles(latency: &Histogram<u64>) -> Value {
     let at = |percentile: f64| latency.value_at_percentile(percentile) as f64 / 1000.0;
     let named = PERCENTILES.iter().map(|percentile| (format!("p{percentile}"), json!(at(*percentile))));
     named.chain([("max".to_owned(), json!(at(100.0))), ("count".to_owned(), json!(latency.len()))]).collect()
 }
 
 /// The same percentile for people.
-fn at(latency: &Histogram<u64>, percentile: f64) -> String {
+pub(crate) fn at(latency: &Histogram<u64>, percentile: f64) -> String {
     if latency.is_empty() {
         return "-".to_owned();
     }
     micros(latency.value_at_percentile(percentile) as f64 / 1000.0)
 }
 
-fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
+/// A table for people: numbers stand right.
+pub(crate) fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
     table.set_header(header.iter().copied());

@@ -1,12 +1,11 @@
 //! What is said of name servers that were compared.
 
-use comfy_table::{CellAlignment, Table, presets};
-use hdrhistogram::Histogram;
 use serde_json::{Value, json};
 
 use super::{DnsCompareArgs, Measured, Paced};
 use crate::compare::stats::Figure;
-use crate::progress::{PERCENTILES, micros, number};
+use crate::progress::{micros, number};
+use crate::scenario::{at, percentiles, table};
 
 /// For people.
 pub(super) fn print(measured: &[Measured]) {
@@ -71,24 +70,6 @@ fn spread(rounds: &[f64], text: impl Fn(f64) -> String) -> String {
     }
 }
 
-fn at(latency: &Histogram<u64>, percentile: f64) -> String {
-    match latency.is_empty() {
-        true => "-".to_owned(),
-        false => micros(latency.value_at_percentile(percentile) as f64 / 1000.0),
-    }
-}
-
-fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING);
-    table.set_header(header.iter().copied());
-    table.add_rows(rows);
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    table.to_string()
-}
-
 /// For programs.
 pub(super) fn json(arguments: &DnsCompareArgs, measured: &[Measured]) -> Value {
     let peer = |it: &Measured| {
@@ -107,10 +88,4 @@ pub(super) fn json(arguments: &DnsCompareArgs, measured: &[Measured]) -> Value {
         "workload": "dns-compare", "services": arguments.services, "endpoints": arguments.endpoints,
         "peers": measured.iter().map(peer).collect::<Vec<_>>(),
     })
-}
-
-fn percentiles(latency: &Histogram<u64>) -> Value {
-    let at = |percentile: f64| latency.value_at_percentile(percentile) as f64 / 1000.0;
-    let named = PERCENTILES.iter().map(|percentile| (format!("p{percentile}"), json!(at(*percentile))));
-    named.chain([("max".to_owned(), json!(at(100.0))), ("count".to_owned(), json!(latency.len()))]).collect()
 }
