@@ -9,14 +9,12 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use nix::errno::Errno;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::time::TimeSpec;
-use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use nix::sys::epoll::{EpollEvent, EpollFlags};
 
 use super::meter::{Live, Meter};
 use super::questions::Question;
 use super::schedule::Schedule;
+use super::waiter::{EVENTS, Waiter};
 use super::{Outcome, Plan, Sample, Share, Times, Workload, drive};
 use crate::client::Failure;
 use crate::netns::NetNs;
@@ -27,7 +25,6 @@ const TICK: Duration = Duration::from_millis(50);
 const LONGEST: usize = 4096;
 /// Bytes of a message's head.
 const HEAD: usize = 12;
-const TIMER: u64 = u64::MAX;
 /// Room for answers that wait.
 const RECEIVE_BUFFER: usize = 1 << 21;
 
@@ -113,15 +110,12 @@ struct Asker<'a> {
 }
 
 fn ask(plan: &DnsPlan, load: &Plan, share: Share, times: Times, live: &Live) -> Result<(Meter, Codes)> {
-    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("cannot make an epoll")?;
-    let timer =
-        TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK).context("timer")?;
-    epoll.add(&timer, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, TIMER)).context("timer")?;
+    let waiter = Waiter::new()?;
     let sockets: Vec<UdpSocket> = (0..share.connections)
         .map(|index| open_socket(load.targets[(share.index + index) % load.targets.len()]))
         .collect::<Result<_>>()?;
     for (index, socket) in sockets.iter().enumerate() {
-        epoll.add(socket, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, index as u64)).context("epoll")?;
+        waiter.add(socket, EpollFlags::EPOLLIN, index).context("epoll")?;
     }
     let count = sockets.len() * plan.open;
     let slot = |_| Slot { is_open: false, round: 0, question: 0, due: times.start, sent: times.start };
@@ -141,7 +135,7 @@ fn ask(plan: &DnsPlan, load: &Plan, share: Share, times: Times, live: &Live) -> 
         meter: Meter::default(),
         codes: Codes::default(),
     };
-    asker.run(&epoll, &timer)?;
+    asker.run(&waiter)?;
     Ok((asker.meter, asker.codes))
 }
 
@@ -156,8 +150,8 @@ fn open_socket(target: SocketAddr) -> Result<UdpSocket> {
 }
 
 impl Asker<'_> {
-    fn run(&mut self, epoll: &Epoll, timer: &TimerFd) -> Result<()> {
-        let mut events = [EpollEvent::empty(); 64];
+    fn run(&mut self, waiter: &Waiter) -> Result<()> {
+        let mut events = [EpollEvent::empty(); EVENTS];
         let mut next_tick = self.times.start + TICK;
         loop {
             let now = Instant::now();
@@ -169,14 +163,9 @@ impl Asker<'_> {
                 next_tick = now + TICK;
             }
             self.ask_what_is_due(now);
-            let timeout = self.arm(timer, now, next_tick)?;
-            let count = match epoll.wait(&mut events, timeout) {
-                Ok(count) => count,
-                Err(Errno::EINTR) => 0,
-                Err(errno) => return Err(errno).context("cannot wait for events"),
-            };
-            for event in events[..count].iter().filter(|event| event.data() != TIMER) {
-                self.receive(event.data() as usize);
+            let due = self.schedule.next().filter(|_| !self.free.is_empty());
+            for index in waiter.wait(&mut events, now, next_tick.min(self.times.end), due)? {
+                self.receive(index);
             }
         }
         if self.plan.load.rate.is_some() {
@@ -184,19 +173,6 @@ impl Asker<'_> {
             self.meter.overdue = self.schedule.overdue(self.times.end) + waiting as u64;
         }
         Ok(())
-    }
-
-    /// How long to wait for events; sets the timer when a question is due before that.
-    fn arm(&self, timer: &TimerFd, now: Instant, next_tick: Instant) -> Result<EpollTimeout> {
-        let wake = next_tick.min(self.times.end);
-        if let Some(due) = self.schedule.next().filter(|due| !self.free.is_empty() && *due < wake) {
-            // Epoll's own timeout counts in milliseconds.
-            let wait = due.saturating_duration_since(now).max(Duration::from_nanos(1));
-            let once = Expiration::OneShot(TimeSpec::from_duration(wait));
-            timer.set(once, TimerSetTimeFlags::empty()).context("cannot set a timer")?;
-        }
-        let millis = wake.saturating_duration_since(now).as_millis() + 1;
-        Ok(EpollTimeout::from(u16::try_from(millis).unwrap_or(u16::MAX)))
     }
 
     fn ask_what_is_due(&mut self, now: Instant) {

@@ -8,36 +8,30 @@ use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use nix::errno::Errno;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::time::TimeSpec;
-use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use nix::sys::epoll::{EpollEvent, EpollFlags};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::client::Failure;
 use crate::protocol::{HEAD, MAX_ANSWER, Request, is_answer};
 use crate::workload::meter::{Live, Meter};
 use crate::workload::schedule::Schedule;
+use crate::workload::waiter::{EVENTS, Waiter};
 use crate::workload::{Plan, Share, Times, Workload};
 
 /// How often connections are looked at for answers that do not come.
 const TICK: Duration = Duration::from_millis(50);
 /// Rest of a connection after a failure, so that a target that refuses is not hammered.
 const REST: Duration = Duration::from_millis(10);
-const TIMER: u64 = u64::MAX;
 
 pub(super) fn run(plan: &Plan, share: Share, times: Times, live: &Live) -> Result<Meter> {
-    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("cannot make an epoll")?;
-    let timer =
-        TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK).context("timer")?;
-    epoll.add(&timer, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, TIMER)).context("timer")?;
+    let waiter = Waiter::new()?;
     let mut driver = Driver {
         plan,
         times,
         live,
-        epoll,
-        timer,
+        waiter,
         schedule: Schedule::new(times.start, plan.rate, share.index, share.threads),
         slots: (0..share.connections).map(|_| Slot::new(times.start)).collect(),
         free: (0..share.connections).rev().collect(),
@@ -82,8 +76,7 @@ struct Driver<'a> {
     plan: &'a Plan,
     times: Times,
     live: &'a Live,
-    epoll: Epoll,
-    timer: TimerFd,
+    waiter: Waiter,
     schedule: Schedule,
     slots: Vec<Slot>,
     /// Slots that can take a request.
@@ -98,7 +91,7 @@ struct Driver<'a> {
 
 impl Driver<'_> {
     fn run(&mut self) -> Result<()> {
-        let mut events = [EpollEvent::empty(); 128];
+        let mut events = [EpollEvent::empty(); EVENTS];
         let mut next_tick = self.times.start + TICK;
         loop {
             let now = Instant::now();
@@ -113,16 +106,11 @@ impl Driver<'_> {
                 self.free.extend(self.resting.pop_front().map(|(_, slot)| slot));
             }
             self.begin_what_is_due(now);
-            let timeout = self.arm(now, next_tick)?;
-            let count = match self.epoll.wait(&mut events, timeout) {
-                Ok(count) => count,
-                Err(Errno::EINTR) => 0,
-                Err(errno) => return Err(errno).context("cannot wait for events"),
-            };
-            for event in &events[..count] {
-                if event.data() != TIMER {
-                    self.advance(event.data() as usize);
-                }
+            let wake = next_tick.min(self.times.end);
+            let wake = self.resting.front().map_or(wake, |(until, _)| wake.min(*until));
+            let due = self.schedule.next().filter(|_| !self.free.is_empty());
+            for index in self.waiter.wait(&mut events, now, wake, due)? {
+                self.advance(index);
             }
         }
         if matches!(self.schedule, Schedule::Open { .. }) {
@@ -130,20 +118,6 @@ impl Driver<'_> {
             self.meter.overdue = self.schedule.overdue(self.times.end) + waiting as u64;
         }
         Ok(())
-    }
-
-    /// How long to wait for events; sets the timer when a request is due before that.
-    fn arm(&self, now: Instant, next_tick: Instant) -> Result<EpollTimeout> {
-        let wake = next_tick.min(self.times.end);
-        let wake = self.resting.front().map_or(wake, |(until, _)| wake.min(*until));
-        if let Some(due) = self.schedule.next().filter(|due| !self.free.is_empty() && *due < wake) {
-            // Epoll's own timeout counts in milliseconds.
-            let wait = due.saturating_duration_since(now).max(Duration::from_nanos(1));
-            let once = Expiration::OneShot(TimeSpec::from_duration(wait));
-            self.timer.set(once, TimerSetTimeFlags::empty()).context("cannot set a timer")?;
-        }
-        let millis = wake.saturating_duration_since(now).as_millis() + 1;
-        Ok(EpollTimeout::from(u16::try_from(millis).unwrap_or(u16::MAX)))
     }
 
     fn begin_what_is_due(&mut self, now: Instant) {
@@ -162,7 +136,7 @@ impl Driver<'_> {
             slot.state = State::Connecting;
             let target = self.plan.targets[self.next_target % self.plan.targets.len()];
             self.next_target += 1;
-            match connect(&self.epoll, target, index as u64) {
+            match connect(&self.waiter, target, index) {
                 Ok(socket) => slot.socket = Some(socket),
                 Err(error) => self.fail(index, error.into(), now),
             }
@@ -254,14 +228,14 @@ impl Driver<'_> {
     }
 }
 
-fn connect(epoll: &Epoll, target: SocketAddr, data: u64) -> io::Result<Socket> {
+fn connect(waiter: &Waiter, target: SocketAddr, number: usize) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(target), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
     match socket.connect(&target.into()) {
         Ok(()) => {}
         Err(error) if error.raw_os_error() == Some(Errno::EINPROGRESS as i32) => {}
         Err(error) => return Err(error),
     }
-    epoll.add(&socket, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLET, data))?;
+    waiter.add(&socket, EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT, number)?;
     Ok(socket)
 }
 

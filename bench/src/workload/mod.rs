@@ -6,6 +6,7 @@ mod exchange;
 mod meter;
 pub mod questions;
 mod schedule;
+mod waiter;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
