@@ -17,7 +17,7 @@ pub mod stats;
 mod zone;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use answer::{Answer, Question, Record, Resolution};
 pub use answerer::{Answerer, Failure, Told, Upstream};

@@ -10,7 +10,8 @@ use hickory_proto::rr::{DNSClass, Name, RData, RecordType};
 use super::*;
 use crate::table::ServiceName;
 
-fn spec() -> ZoneSpec {
+/// A zone as the configuration makes it where it says nothing else.
+pub(crate) fn spec() -> ZoneSpec {
     ZoneSpec {
         zones: vec!["cluster.local".to_owned()],
         ttl: Duration::from_secs(5),

@@ -64,14 +64,13 @@ impl Worker {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use etherparse::PacketBuilder;
     use hickory_proto::op::{Message, MessageType, OpCode, Query};
     use hickory_proto::rr::{Name, RecordType};
 
     use super::*;
-    use crate::dns::{PodNames, Zone, ZoneSpec};
+    use crate::dns::Zone;
+    use crate::dns::tests::spec;
     use crate::packet_path::{Settings, Shared};
     use crate::table::{EndpointSpec, NodeSpec, PortSpec, ServiceName, ServiceSpec, TableBuilder};
 
@@ -79,16 +78,7 @@ mod tests {
 
     fn worker() -> Worker {
         let shared = Shared::new(Settings::default());
-        let zone = ZoneSpec {
-            zones: vec!["cluster.local".to_owned()],
-            ttl: Duration::from_secs(5),
-            pods: PodNames::Insecure,
-            namespaces: Vec::new(),
-            ignore_empty_service: false,
-            fall_through: Vec::new(),
-            listen: vec!["169.254.20.10".parse().unwrap()],
-        };
-        let answerer = Answerer::new(Arc::new(Zone::unknown(zone)), None, 3);
+        let answerer = Answerer::new(Arc::new(Zone::unknown(spec())), None, 3);
         shared.answer_names(Names { answerer, listen: [LISTEN.parse().unwrap()].into(), first_thread: 2 });
         let mut builder = TableBuilder::new(Arc::clone(&shared.slots));
         builder.set_node(NodeSpec { service_cidrs: vec!["10.96.0.0/16".parse().unwrap()], ..NodeSpec::default() });
