@@ -54,7 +54,8 @@ fn a_rolling_update_moves_every_kept_connection_and_resets_none() {
         return;
     }
     for more in [&[][..], &["--preserve"]] {
-        let report = report(&[&["drain", "--pods", "2", "--kept", "8", "--opening", "2"], more].concat());
+        let plan = ["drain", "--pods", "2", "--kept", "8", "--opening", "2", "--pre-stop", "500ms"];
+        let report = report(&[&plan[..], more].concat());
         // Every Pod of the beginning is replaced, so each connection moves once at least.
         assert!(number(&report, "/kept/moved") >= 8.0, "{report}");
         assert_eq!(report["kept"]["resets"], 0);

@@ -42,6 +42,7 @@ pub(crate) struct DrainArgs {
     #[arg(long, default_value_t = 32)]
     kept: usize,
     /// Between the moment a Pod is said to terminate and the one in which its server stops listening: a preStop hook.
+    /// Without one, the Pod's kernel resets what it has accepted and the server has not: no data plane can help that.
     #[arg(long, default_value = "0s", value_parser = parse_duration)]
     pre_stop: Duration,
     /// Between that and the end of the Pod.
