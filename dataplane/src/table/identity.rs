@@ -92,6 +92,10 @@ impl<K: Identity> Names<K> {
     fn insert(&mut self, name: K, number: u32) {
         self.remove(&name);
         let index = number as usize;
+        if index >= self.by_number.capacity() {
+            // Not twice as much each time: of a quarter of a million names, the half of that may stay empty.
+            self.by_number.reserve_exact(index + 1 + (index / 16).max(64) - self.by_number.len());
+        }
         if index >= self.by_number.len() {
             self.by_number.resize_with(index + 1, || None);
         }
