@@ -302,6 +302,8 @@ impl Publisher {
         };
         match resolved.spec {
             Some(mut spec) => {
+                // The store has this name already.
+                spec.name = name.clone();
                 self.drains.apply(&mut spec);
                 self.builder.set(spec)
             }
