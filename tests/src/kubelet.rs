@@ -129,7 +129,9 @@ fn follow(node: &Arc<Node>, events: ChildStdout) {
         match text(&event["type"]) {
             "ADDED" | "MODIFIED" => {
                 let running = pods.entry(uid).or_insert_with(|| start(node, pod.clone()));
-                if let (Some(orders), false) = (&running.orders, pod["metadata"]["deletionTimestamp"].is_null()) {
+                // With a grace of 0 the object goes without us.
+                let is_to_end = pod["metadata"]["deletionGracePeriodSeconds"].as_u64().is_some_and(|grace| grace > 0);
+                if let (Some(orders), true) = (&running.orders, is_to_end) {
                     // It may have ended already.
                     let _ = orders.send(());
                 }
