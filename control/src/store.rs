@@ -37,11 +37,45 @@ pub struct Touched {
     pub pods: BTreeSet<ServiceName>,
 }
 
+/// The slices of one Service, by name. Nearly every Service has one: a map's first node would have room for eleven.
+#[derive(Debug, Default)]
+struct Slices(Vec<(Arc<str>, Stored<EndpointSlice>)>);
+
+impl Slices {
+    fn find(&self, name: &str) -> Result<usize, usize> {
+        self.0.binary_search_by(|(other, _)| (**other).cmp(name))
+    }
+
+    fn get(&self, name: &str) -> Option<&Stored<EndpointSlice>> {
+        self.find(name).ok().map(|at| &self.0[at].1)
+    }
+
+    fn values(&self) -> impl Iterator<Item = &Stored<EndpointSlice>> {
+        self.0.iter().map(|(_, slice)| slice)
+    }
+
+    fn insert(&mut self, name: Arc<str>, slice: Stored<EndpointSlice>) {
+        match self.find(&name) {
+            Ok(at) => self.0[at].1 = slice,
+            Err(at) => {
+                self.0.reserve_exact(1);
+                self.0.insert(at, (name, slice));
+            }
+        }
+    }
+
+    fn remove(&mut self, name: &str) {
+        if let Ok(at) = self.find(name) {
+            self.0.remove(at);
+        }
+    }
+}
+
 /// All objects that the data plane is made of.
 #[derive(Debug, Default)]
 pub struct Store {
     services: AHashMap<ServiceName, Stored<Service>>,
-    slices: AHashMap<ServiceName, BTreeMap<Arc<str>, Stored<EndpointSlice>>>,
+    slices: AHashMap<ServiceName, Slices>,
     /// Slices whose label names no Service.
     unlabelled: BTreeMap<ServiceName, Stored<EndpointSlice>>,
     pods: AHashMap<ServiceName, Stored<Pod>>,
@@ -85,7 +119,7 @@ impl Store {
     /// Every object, in no order.
     pub fn objects(&self) -> impl Iterator<Item = Object> {
         let services = self.services.values().map(|held| Object::Service(Arc::clone(&held.object)));
-        let slices = self.slices.values().flat_map(BTreeMap::values).chain(self.unlabelled.values());
+        let slices = self.slices.values().flat_map(Slices::values).chain(self.unlabelled.values());
         let slices = slices.map(|held| Object::EndpointSlice(Arc::clone(&held.object)));
         let pods = self.pods.values().map(|held| Object::Pod(Arc::clone(&held.object)));
         let nodes = self.nodes.values().map(|held| Object::Node(Arc::clone(&held.object)));
@@ -130,13 +164,13 @@ impl Store {
 
     /// Services that EndpointSlices of this name are of.
     pub fn services_of_slice(&self, name: &ServiceName) -> impl Iterator<Item = &ServiceName> {
-        let of = self.slices.iter().filter(|(_, slices)| slices.contains_key(&name.name));
+        let of = self.slices.iter().filter(|(_, slices)| slices.get(&name.name).is_some());
         of.map(|(service, _)| service).filter(|service| service.namespace == name.namespace)
     }
 
     /// The EndpointSlices of a Service, by name.
     pub fn slices(&self, service: &ServiceName) -> impl Iterator<Item = &Stored<EndpointSlice>> {
-        self.slices.get(service).into_iter().flat_map(BTreeMap::values)
+        self.slices.get(service).into_iter().flat_map(Slices::values)
     }
 
     /// Services that EndpointSlices name, whether they exist or not, in no order.
@@ -253,7 +287,7 @@ impl Store {
         let service = ServiceName::new(&key.name.namespace, service);
         if let Some(slices) = self.slices.get_mut(&service) {
             slices.remove(&key.name.name);
-            if slices.is_empty() {
+            if slices.0.is_empty() {
                 self.slices.remove(&service);
             }
         }

@@ -14,7 +14,7 @@ use super::Update;
 use super::folder::Folder;
 
 /// No event for so long: whoever writes has done.
-const QUIET: Duration = Duration::from_millis(5);
+const QUIET: Duration = Duration::from_millis(2);
 /// Most that a change waits while others keep coming.
 const PATIENCE: Duration = Duration::from_millis(100);
 /// Most that a change waits for a file that is being written to be closed.

@@ -41,7 +41,7 @@ pub struct TableBuilder {
 /// What a Service has in the current table.
 struct Owned {
     spec: ServiceSpec,
-    frontends: Vec<FrontendKey>,
+    frontends: Box<[FrontendKey]>,
     /// Endpoints that are in a list, sorted.
     listed: Box<[EndpointSlot]>,
 }
@@ -131,7 +131,7 @@ impl TableBuilder {
                 self.slots.enter(*slot);
             }
         }
-        let mut had = Vec::new();
+        let mut had = Box::default();
         if let Some(old) = old {
             self.withdraw(&old, Some(&spec));
             had = old.frontends;
@@ -147,7 +147,7 @@ impl TableBuilder {
         if !self.outside(&had).eq(self.outside(&frontends)) {
             self.table.host_version += 1;
         }
-        self.services.insert(spec.name.clone(), Owned { spec, frontends, listed });
+        self.services.insert(spec.name.clone(), Owned { spec, frontends: frontends.into(), listed });
         true
     }
 
@@ -309,7 +309,8 @@ impl TableBuilder {
 
     fn claim(&mut self, seniority: &Seniority, frontend: Arc<Frontend>) {
         let key = frontend.key;
-        let claims = self.claims.entry(key).or_default();
+        // Nearly always the only one.
+        let claims = self.claims.entry(key).or_insert_with(|| Vec::with_capacity(1));
         let at = claims.partition_point(|(other, _)| other <= seniority);
         claims.insert(at, (seniority.clone(), frontend));
         self.settle(key);

@@ -3,18 +3,19 @@
 //! A Pod's uid says who has the address, for every Service. Where an endpoint does not say whose it is, its place in its
 //! Service port counts: another uid there, or one that was away, is another endpoint.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use ahash::AHashMap;
 
-use super::identity::{EndpointName, Identity as _};
+use super::identity::{EndpointName, Identity as _, mapped};
 use super::{EndpointSlot, Life, Slots, Uid};
 
 /// What is known of addresses.
 #[derive(Default)]
 pub(super) struct Holders {
     /// Who had an address last, of those that say who they are. As many entries as Pods have addresses.
-    known: AHashMap<IpAddr, Uid>,
+    /// IPv4 ones as IPv6 has them: 24 bytes an entry instead of 32.
+    known: AHashMap<Ipv6Addr, Uid>,
     /// Endpoints that may drain, by address; of the last process, all that have flows.
     left: AHashMap<IpAddr, Vec<EndpointSlot>>,
 }
@@ -25,7 +26,7 @@ impl Holders {
     pub(super) fn arrives(&mut self, name: &EndpointName, slots: &Slots) {
         let ip = name.address.ip();
         if name.uid.is_own() {
-            self.known.insert(ip, name.uid);
+            self.known.insert(mapped(ip), name.uid);
         }
         for slot in self.left.get(&ip).into_iter().flatten().filter(|slot| supersedes(name, **slot, slots)) {
             slots.end_left(*slot);
@@ -35,7 +36,7 @@ impl Holders {
     /// After an endpoint left. `is_replaced`: another has its place in its Service port.
     pub(super) fn leaves(&mut self, name: &EndpointName, slot: EndpointSlot, is_replaced: bool, slots: &Slots) {
         let ip = name.address.ip();
-        let is_anothers = name.uid.is_own() && self.known.get(&ip).is_some_and(|holder| *holder != name.uid);
+        let is_anothers = name.uid.is_own() && self.known.get(&mapped(ip)).is_some_and(|holder| *holder != name.uid);
         if is_replaced || is_anothers {
             slots.end_left(slot);
         } else {

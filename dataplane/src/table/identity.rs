@@ -1,9 +1,10 @@
 //! Who a Service port and an endpoint are, across tables and processes; and the slot numbers they have.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
-use ahash::{AHashMap, AHashSet};
+use ahash::{AHashMap, AHashSet, RandomState};
+use hashbrown::HashTable;
 use xxhash_rust::xxh3::Xxh3;
 
 use super::{ServiceName, Uid};
@@ -29,6 +30,14 @@ pub struct EndpointName {
     pub address: SocketAddr,
     /// Who has the address.
     pub uid: Uid,
+}
+
+/// An address as IPv6 has it.
+pub(super) fn mapped(address: IpAddr) -> Ipv6Addr {
+    match address {
+        IpAddr::V4(address) => address.to_ipv6_mapped(),
+        IpAddr::V6(address) => address,
+    }
 }
 
 /// Names that are the same in every process.
@@ -59,20 +68,61 @@ impl Identity for EndpointName {
     fn identity(&self) -> u64 {
         let mut hash = Xxh3::new();
         self.port.feed(&mut hash);
-        let address = match self.address.ip() {
-            IpAddr::V4(address) => address.to_ipv6_mapped(),
-            IpAddr::V6(address) => address,
-        };
-        hash.update(&address.octets());
+        hash.update(&mapped(self.address.ip()).octets());
         hash.update(&self.address.port().to_le_bytes());
         hash.update(&self.uid.0.to_le_bytes());
         hash.digest().max(1)
     }
 }
 
+/// Names and their numbers, from 1: each name is there once, and finding one by name costs four bytes more.
+struct Names<K> {
+    by_number: Vec<Option<K>>,
+    numbers: HashTable<u32>,
+    hashing: RandomState,
+}
+
+impl<K: Identity> Names<K> {
+    fn get(&self, name: &K) -> Option<u32> {
+        let is_it = |number: &u32| self.by_number[*number as usize].as_ref() == Some(name);
+        self.numbers.find(self.hashing.hash_one(name), is_it).copied()
+    }
+
+    /// Gives a name a number that no other name has. One that it had before is nobody's now.
+    fn insert(&mut self, name: K, number: u32) {
+        self.remove(&name);
+        let index = number as usize;
+        if index >= self.by_number.capacity() {
+            // Not twice as much each time: of a quarter of a million names, the half of that may stay empty.
+            self.by_number.reserve_exact(index + 1 + (index / 16).max(64) - self.by_number.len());
+        }
+        if index >= self.by_number.len() {
+            self.by_number.resize_with(index + 1, || None);
+        }
+        let hash = self.hashing.hash_one(&name);
+        self.by_number[index] = Some(name);
+        let (names, hashing) = (&self.by_number, &self.hashing);
+        let hash_of = |other: &u32| names[*other as usize].as_ref().map_or(0, |name| hashing.hash_one(name));
+        self.numbers.insert_unique(hash, number, hash_of);
+    }
+
+    fn remove(&mut self, name: &K) {
+        let names = &self.by_number;
+        let is_it = |number: &u32| names[*number as usize].as_ref() == Some(name);
+        if let Ok(entry) = self.numbers.find_entry(self.hashing.hash_one(name), is_it) {
+            let (number, _) = entry.remove();
+            self.by_number[number as usize] = None;
+        }
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (&K, u32)> {
+        (0..).zip(&self.by_number).filter_map(|(number, name)| Some((name.as_ref()?, number)))
+    }
+}
+
 /// Numbers for names; a retired name keeps its number until it is released, and gets it back when it returns.
 pub(super) struct Numbers<K> {
-    by_name: AHashMap<K, u32>,
+    names: Names<K>,
     /// Retired names, and whether a release has met them before.
     retired: AHashMap<K, bool>,
     /// Numbers whose names mean others now, and whether a release has met them before.
@@ -89,7 +139,7 @@ pub(super) struct Numbers<K> {
 impl<K> Default for Numbers<K> {
     fn default() -> Self {
         Self {
-            by_name: AHashMap::new(),
+            names: Names { by_number: Vec::new(), numbers: HashTable::new(), hashing: RandomState::new() },
             retired: AHashMap::new(),
             orphans: AHashMap::new(),
             recovered: AHashMap::new(),
@@ -122,20 +172,20 @@ impl<K: Identity> Numbers<K> {
     }
 
     pub(super) fn get(&self, name: &K) -> Option<u32> {
-        self.by_name.get(name).copied()
+        self.names.get(name)
     }
 
     /// Every name that has a number, retired or not.
     pub(super) fn iter(&self) -> impl Iterator<Item = (&K, u32)> {
-        self.by_name.iter().map(|(name, number)| (name, *number))
+        self.names.iter()
     }
 
     /// The number of a name. A name that has none, or whose number `is_spent`, gets another, which `assign` is told.
     pub(super) fn intern(&mut self, name: &K, is_spent: impl Fn(u32) -> bool, assign: impl FnOnce(u32, u64)) -> u32 {
         self.retired.remove(name);
-        match self.by_name.get(name) {
-            Some(number) if !is_spent(*number) => return *number,
-            Some(number) => self.orphans.insert(*number, false),
+        match self.get(name) {
+            Some(number) if !is_spent(number) => return number,
+            Some(number) => self.orphans.insert(number, false),
             None => None,
         };
         let known = self.recovered.remove(&name.identity()).map(|(number, _)| number);
@@ -146,7 +196,7 @@ impl<K: Identity> Numbers<K> {
             self.next - 1
         });
         assign(number, name.identity());
-        self.by_name.insert(name.clone(), number);
+        self.names.insert(name.clone(), number);
         number
     }
 
@@ -158,7 +208,7 @@ impl<K: Identity> Numbers<K> {
 
     /// Frees retired numbers that were met by the last release too and that `may` lets go.
     pub(super) fn release(&mut self, mut may: impl FnMut(u32) -> bool) {
-        let (by_name, free) = (&mut self.by_name, &mut self.free);
+        let (names, free) = (&mut self.names, &mut self.free);
         let mut frees = |number: u32, met: &mut bool| {
             let released = std::mem::replace(met, true) && may(number);
             if released {
@@ -167,10 +217,10 @@ impl<K: Identity> Numbers<K> {
             released
         };
         self.retired.retain(|name, met| {
-            let Some(number) = by_name.get(name).copied() else { return false };
+            let Some(number) = names.get(name) else { return false };
             let released = frees(number, met);
             if released {
-                by_name.remove(name);
+                names.remove(name);
             }
             !released
         });
