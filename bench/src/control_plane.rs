@@ -13,9 +13,10 @@ use serde_json::{Value, json};
 use crate::api_client::ApiClient;
 use crate::netns::NetNs;
 
-/// Controllers that it runs: those that make Pods of workloads and EndpointSlices of Pods, and what they build on.
+/// Controllers that it runs: those that make Pods of workloads and EndpointSlices of Pods, and what they build on. A CronJob's is
+/// none of them: nothing begins by the clock.
 const CONTROLLERS: &str = "--controllers=deployment-controller,replicaset-controller,statefulset-controller,\
-    daemonset-controller,endpointslice-controller,endpointslice-mirroring-controller,namespace-controller,\
+    daemonset-controller,job-controller,ttl-after-finished-controller,endpointslice-controller,endpointslice-mirroring-controller,namespace-controller,\
     serviceaccount-controller,garbage-collector-controller";
 /// How an administrator tells who they are.
 const ADMIN: [&str; 2] = ["--oauth2-bearer", "admin-token"];

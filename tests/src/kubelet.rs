@@ -2,8 +2,12 @@
 //!
 //! A Pod gets a network namespace with servers that answer with its name on its containers' ports, and says that it is ready.
 //! One that is deleted serves on until no EndpointSlice calls it ready, as a preStop hook that waits for it would have it, and
-//! [`GRACE`] more; then it ends and its object goes. Every Pod is bound to the one node: there is no scheduler. Images,
-//! volumes, probes, init containers, resources and host networking are not looked at.
+//! [`GRACE`] more; then it ends and its object goes. One that is not to run for ever, as those of Jobs, says after [`WORK`] that
+//! it is not ready, serves on as long, and has succeeded.
+//!
+//! There is no scheduler: a DaemonSet's Pod is bound to the Node it is made for, every other to the daemon's. Pods of other Nodes
+//! run here too; to a service proxy they are elsewhere. Images, volumes, probes, init containers, resources and host networking
+//! are not looked at.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
@@ -26,12 +30,15 @@ use crate::manifests::NODE;
 
 /// How long a Pod goes on serving when no EndpointSlice calls it ready any more: the time that a service proxy has.
 pub const GRACE: Duration = Duration::from_secs(1);
+/// How long a Pod works that is not to run for ever: longer than the slow start of an endpoint, at whose beginning it may get no
+/// connection at all.
+pub const WORK: Duration = Duration::from_secs(12);
 /// How long requests under way may take when a Pod ends.
 const FINISH: Duration = Duration::from_secs(2);
 /// Pause between two looks at the EndpointSlices.
 const LOOK: Duration = Duration::from_millis(250);
 
-/// The kubelet of [`NODE`]. Dropping it ends all Pods; their objects stay.
+/// The kubelet of all Nodes. Dropping it ends all Pods; their objects stay.
 #[derive(Debug)]
 pub struct Kubelet {
     watch: Child,
@@ -45,7 +52,7 @@ struct Node {
     topology: Arc<Topology>,
     plane: Arc<ControlPlane>,
     addresses_given: AtomicU16,
-    /// Labels of every Pod that ever ran, by namespace and name.
+    /// Every Pod that ever ran, as it was bound, by namespace and name.
     ever: Mutex<BTreeMap<(String, String), Value>>,
     failures: Mutex<Vec<String>>,
     ending: AtomicBool,
@@ -86,7 +93,7 @@ impl Kubelet {
         Ok(kubelet)
     }
 
-    /// Labels of every Pod that ever ran, by namespace and name.
+    /// Every Pod that ever ran, as it was bound, by namespace and name.
     #[must_use]
     pub fn pods_ever(&self) -> BTreeMap<(String, String), Value> {
         lock(&self.node.ever).clone()
@@ -122,7 +129,9 @@ fn follow(node: &Arc<Node>, events: ChildStdout) {
         match text(&event["type"]) {
             "ADDED" | "MODIFIED" => {
                 let running = pods.entry(uid).or_insert_with(|| start(node, pod.clone()));
-                if let (Some(orders), false) = (&running.orders, pod["metadata"]["deletionTimestamp"].is_null()) {
+                // With a grace of 0 the object goes without us.
+                let is_to_end = pod["metadata"]["deletionGracePeriodSeconds"].as_u64().is_some_and(|grace| grace > 0);
+                if let (Some(orders), true) = (&running.orders, is_to_end) {
                     // It may have ended already.
                     let _ = orders.send(());
                 }
@@ -138,8 +147,9 @@ fn start(node: &Arc<Node>, pod: Value) -> Running {
     let (orders, received) = channel();
     let node = Arc::clone(node);
     let work = move || {
-        if let Err(error) = node.run(&pod, &received) {
-            node.fail(&format!("Pod {}: {error:#}", text(&pod["metadata"]["name"])));
+        let name = text(&pod["metadata"]["name"]).to_owned();
+        if let Err(error) = node.run(pod, &received) {
+            node.fail(&format!("Pod {name}: {error:#}"));
         }
     };
     let thread = thread::Builder::new().name("a Pod's".to_owned()).spawn(work);
@@ -148,27 +158,46 @@ fn start(node: &Arc<Node>, pod: Value) -> Running {
 
 impl Node {
     /// The whole life of a Pod.
-    fn run(&self, pod: &Value, orders: &Receiver<()>) -> Result<()> {
-        let [namespace, name, uid] = ["namespace", "name", "uid"].map(|field| text(&pod["metadata"][field]));
+    fn run(&self, mut pod: Value, orders: &Receiver<()>) -> Result<()> {
+        let [namespace, name, uid] = ["namespace", "name", "uid"].map(|field| text(&pod["metadata"][field]).to_owned());
         let path = format!("/api/v1/namespaces/{namespace}/pods/{name}");
         if pod["spec"]["nodeName"].is_null() {
-            let target = json!({"apiVersion": "v1", "kind": "Node", "name": NODE});
+            let target = json!({"apiVersion": "v1", "kind": "Node", "name": made_for(&pod).unwrap_or(NODE)});
             let binding = json!({"apiVersion": "v1", "kind": "Binding", "metadata": {"name": name}, "target": target});
             self.plane.request("POST", &format!("{path}/binding"), Some(&binding))?;
+            pod["spec"]["nodeName"] = target["name"].clone();
         }
         let addresses = self.next_addresses();
-        let place = self.topology.add_pod(uid, &addresses)?;
-        let [tcp, udp] = ["TCP", "UDP"].map(|protocol| ports(pod, protocol));
-        let server = PodServer::start(&place.ns, name, &tcp, &udp)?;
-        lock(&self.ever).insert((namespace.to_owned(), name.to_owned()), pod["metadata"]["labels"].clone());
-        self.plane.request("PATCH", &format!("{path}/status"), Some(&status(&addresses, true)))?;
-        if orders.recv().is_ok() && self.serve_on(namespace, uid, orders)? {
-            self.plane.request("PATCH", &format!("{path}/status"), Some(&status(&addresses, false)))?;
-            server.finish(FINISH);
+        let place = self.topology.add_pod(&uid, &addresses)?;
+        let [tcp, udp] = ["TCP", "UDP"].map(|protocol| ports(&pod, protocol));
+        let server = PodServer::start(&place.ns, &name, &tcp, &udp)?;
+        let runs_for_ever = pod["spec"]["restartPolicy"] == "Always";
+        lock(&self.ever).insert((namespace.clone(), name), pod);
+        let say = |phase: &str, ready: bool| {
+            self.plane.request("PATCH", &format!("{path}/status"), Some(&status(&addresses, phase, ready))).map(drop)
+        };
+        say("Running", true)?;
+        let order =
+            if runs_for_ever { orders.recv().map_err(RecvTimeoutError::from) } else { orders.recv_timeout(WORK) };
+        let mut is_deleted = order.is_ok();
+        if order == Err(RecvTimeoutError::Timeout) {
+            say("Running", false)?;
+        }
+        if order == Err(RecvTimeoutError::Disconnected) || !self.serve_on(&namespace, &uid, orders)? {
+            return self.topology.remove_pod(&uid).map(drop);
+        }
+        say("Running", false)?;
+        server.finish(FINISH);
+        self.topology.remove_pod(&uid)?;
+        if !is_deleted {
+            say("Succeeded", false)?;
+            is_deleted = orders.recv().is_ok();
+        }
+        if is_deleted {
             let at_once = json!({"gracePeriodSeconds": 0, "preconditions": {"uid": uid}});
             self.plane.request("DELETE", &path, Some(&at_once))?;
         }
-        self.topology.remove_pod(uid).map(drop)
+        Ok(())
     }
 
     /// Waits as long as a Pod that ends should go on serving. `false`: its object is gone before.
@@ -228,12 +257,19 @@ fn ports(pod: &Value, protocol: &str) -> Vec<u16> {
     of_protocol.filter_map(|port| port["containerPort"].as_u64()?.try_into().ok()).collect()
 }
 
-fn status(addresses: &[IpAddr], ready: bool) -> Value {
+/// The Node that the DaemonSet controller has made a Pod for.
+fn made_for(pod: &Value) -> Option<&str> {
+    let affinity = &pod["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"];
+    let fields = affinity["nodeSelectorTerms"][0]["matchFields"].as_array()?;
+    fields.iter().find(|field| field["key"] == "metadata.name")?["values"][0].as_str()
+}
+
+fn status(addresses: &[IpAddr], phase: &str, ready: bool) -> Value {
     let is_ready = if ready { "True" } else { "False" };
     let conditions =
         [("PodScheduled", "True"), ("Initialized", "True"), ("ContainersReady", is_ready), ("Ready", is_ready)];
     json!({"status": {
-        "phase": "Running",
+        "phase": phase,
         "podIP": addresses[0].to_string(),
         "podIPs": addresses.iter().map(|ip| json!({"ip": ip.to_string()})).collect::<Vec<_>>(),
         "conditions": conditions.map(|(kind, status)| json!({"type": kind, "status": status})),

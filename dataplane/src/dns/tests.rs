@@ -392,5 +392,7 @@ fn mutated_questions_do_no_harm() {
 #[test]
 #[ignore = "takes minutes; run it by hand, optimised"]
 fn ten_million_mutated_questions_do_no_harm() {
-    fuzz(10_000_000, fastrand::u64(..));
+    let seed = fastrand::u64(..);
+    println!("seed {seed}");
+    fuzz(10_000_000, seed);
 }

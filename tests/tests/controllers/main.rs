@@ -1,6 +1,6 @@
 //! Manifests as people apply them, with real controllers, on a node with Sluice and a stand-in kubelet: every workload is scaled
-//! up, rolled, scaled down and deleted under connections through every Service; at each quiet point what is served is what the
-//! API says.
+//! up, rolled, scaled down and deleted under connections through every Service, and Jobs run; at each quiet point what is served
+//! is what the API says. DaemonSets are scaled by a second Node.
 //!
 //! `SLUICE_BIG=1` plays those of others too, from `../shared/manifests` beside the project or the folder that
 //! `SLUICE_MANIFESTS` names.
@@ -22,6 +22,7 @@ use sluice_tests::apply::{apply, documents, give_load_balancers};
 use sluice_tests::cluster::{Cluster, SOON};
 use sluice_tests::control_plane::{self, ControlPlane};
 use sluice_tests::kubelet::Kubelet;
+use sluice_tests::manifests::NODE;
 use sluice_tests::{api_cluster, can_run_in_namespaces};
 
 use clients::Dialled;
@@ -29,6 +30,9 @@ use truth::{Truth, name, selects, text};
 
 /// The same that `sluice demo` plays: a Service of each kind.
 const EXAMPLE: &str = include_str!("../../../control/src/demo/example.yaml");
+const NODES_AND_JOBS: &str = include_str!("nodes-and-jobs.yaml");
+/// A Node without a machine: what runs on it is elsewhere to a service proxy.
+const SECOND_NODE: &str = "node-2";
 /// Bound on what controllers and kubelet do for one change of all workloads; two cores are shared with other tests.
 const REST: Duration = Duration::from_secs(120);
 /// Time of nothing but connections at each quiet point.
@@ -41,6 +45,8 @@ struct Scene {
     plane: Arc<ControlPlane>,
     cluster: Cluster,
     workloads: Vec<Value>,
+    /// Jobs as they are applied.
+    jobs: Vec<Value>,
     client: Pod,
     quiet_points: usize,
     /// Longest from a quiet API to a daemon that serves the same.
@@ -54,9 +60,13 @@ impl Scene {
         plane.start_controllers().unwrap();
         let plane = Arc::new(plane);
         let kubelet = Kubelet::start(&cluster, &plane).unwrap();
-        let applied = apply(&plane, documents(manifests).unwrap()).unwrap();
+        plane.create(&node(SECOND_NODE)).unwrap();
+        make_ready(&plane, NODE);
+        let documents = documents(manifests).unwrap();
+        let jobs = documents.iter().filter_map(run_again).collect();
+        let applied = apply(&plane, documents).unwrap();
         give_load_balancers(&plane).unwrap();
-        let is_workload = |object: &Value| matches!(text(&object["kind"]), "Deployment" | "StatefulSet");
+        let is_workload = |object: &Value| matches!(text(&object["kind"]), "Deployment" | "StatefulSet" | "DaemonSet");
         let workloads: Vec<Value> = applied.objects.into_iter().filter(is_workload).collect();
         cluster.start().unwrap();
         let addresses = ["10.244.254.1", "fd00:10:244::fffe"].map(|address| address.parse().unwrap());
@@ -67,6 +77,7 @@ impl Scene {
             plane,
             cluster,
             workloads,
+            jobs,
             client,
             quiet_points: 0,
             slowest: Duration::ZERO,
@@ -135,6 +146,14 @@ impl Scene {
         served.map(line).collect()
     }
 
+    /// Runs all Jobs, and waits until they are complete.
+    fn run_jobs(&mut self) -> Vec<Value> {
+        let applied = apply(&self.plane, self.jobs.clone()).unwrap();
+        assert_eq!(applied.refused, [""; 0]);
+        self.rest("Jobs run");
+        applied.objects
+    }
+
     /// Changes every workload at once and waits for the end of it.
     fn change(&mut self, what: &str, patch: impl Fn(&Value) -> Value) {
         for workload in &self.workloads {
@@ -183,17 +202,17 @@ impl Scene {
         let pods = self.kubelet.pods_ever();
         for dialled in &self.services {
             let (service, namespace) = (&dialled.service, text(&dialled.service["metadata"]["namespace"]));
-            let labels: Vec<&Value> = dialled
-                .tally
-                .answered
-                .keys()
-                .map(|pod| pods.get(&(namespace.to_owned(), pod.clone())).unwrap_or_else(|| panic!("who is {pod}?")))
-                .collect();
-            let strangers = labels.iter().filter(|labels| !selects(&service["spec"]["selector"], labels));
+            let find = |pod: &String| pods.get(&(namespace.to_owned(), pod.clone()));
+            let who = dialled.tally.answered.keys();
+            let who: Vec<&Value> = who.map(|pod| find(pod).unwrap_or_else(|| panic!("who is {pod}?"))).collect();
+            let strangers = who.iter().filter(|pod| {
+                !selects(&service["spec"]["selector"], &pod["metadata"]["labels"])
+                    || (truth::stays_on_node(service) && pod["spec"]["nodeName"] != NODE)
+            });
             assert_eq!(strangers.count(), 0, "{}: {:?}", name(service), dialled.tally.answered);
             for workload in workloads.iter().filter(|workload| serves(workload, service)) {
                 let own = &workload["spec"]["selector"]["matchLabels"];
-                let did = labels.iter().any(|labels| selects(own, labels));
+                let did = who.iter().any(|pod| selects(own, &pod["metadata"]["labels"]));
                 assert!(did, "{}: {} never answered: {:?}", name(service), name(workload), dialled.tally.answered);
             }
         }
@@ -208,27 +227,59 @@ fn serves(workload: &Value, service: &Value) -> bool {
         && selects(&service["spec"]["selector"], labels)
 }
 
+/// A Node as it joins: the API server taints it until it is ready.
+fn node(name: &str) -> Value {
+    json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}})
+}
+
+/// Labels a Node and takes its taints away, as its kubelet and a controller do.
+fn make_ready(plane: &ControlPlane, name: &str) {
+    let ready = json!({"metadata": {"labels": {"kubernetes.io/os": "linux"}}, "spec": {"taints": null}});
+    plane.patch(&node(name), &ready).unwrap();
+}
+
+/// A Job once more, or a CronJob's as if it were time, under a name that is free.
+fn run_again(document: &Value) -> Option<Value> {
+    let spec = match text(&document["kind"]) {
+        "Job" => &document["spec"],
+        "CronJob" => &document["spec"]["jobTemplate"]["spec"],
+        _ => return None,
+    };
+    let metadata = &document["metadata"];
+    let metadata = json!({"name": format!("{}-again", text(&metadata["name"])), "namespace": metadata["namespace"]});
+    Some(json!({"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}))
+}
+
 /// The whole story for these manifests.
 fn play(what: &str, manifests: &str) {
     let begun = Instant::now();
     let (mut scene, refused) = Scene::new(manifests);
-    let workloads = scene.workloads.clone();
+    let mut workloads = scene.workloads.clone();
     assert!(!workloads.is_empty() && !scene.services.is_empty(), "{what}: nothing to play: {refused:?}");
-    let replicas = |workload: &Value| workload["spec"]["replicas"].as_u64().unwrap();
-    scene.change("scaled up", |workload| json!({"spec": {"replicas": replicas(workload) + 1}}));
+    let scaled = |workload: &Value, more: u64| match workload["spec"]["replicas"].as_u64() {
+        Some(replicas) => json!({"spec": {"replicas": replicas + more}}),
+        None => json!({}),
+    };
+    make_ready(&scene.plane, SECOND_NODE);
+    scene.change("scaled up", |workload| scaled(workload, 1));
+    let jobs = scene.run_jobs();
     let rolled = json!({"spec": {"template": {"metadata": {"annotations": {"tests.sluice.dev/revision": "2"}}}}});
     scene.change("rolled", |_| rolled.clone());
-    scene.change("scaled down", |workload| json!({"spec": {"replicas": replicas(workload)}}));
+    let leaves = json!({"spec": {"taints": [{"key": "tests.sluice.dev/leaves", "effect": "NoExecute"}]}});
+    scene.plane.patch(&node(SECOND_NODE), &leaves).unwrap();
+    scene.change("scaled down", |workload| scaled(workload, 0));
     let unserved = scene.services.iter().filter(|dialled| !dialled.is_dialled()).count();
     scene.delete_workloads();
     scene.delete_services();
+    let jobs_run = jobs.len();
+    workloads.extend(jobs);
     scene.check_who_answered(&workloads);
     let mut all = Tally::default();
     scene.services.iter().for_each(|dialled| all.merge(&dialled.tally));
     assert!(all.answers() > 100, "{what}: {:?}", all.answered);
     println!(
-        "{what}: {} workloads, {} Services ({unserved} without Pods), {} frontends, {} Pods in all; {} connections, {} failed, p50 {} µs, p99 {} µs, slowest {} µs; {} quiet points, served as the API says {} ms after at most; {} s; not taken: {refused:?}",
-        workloads.len(),
+        "{what}: {} workloads, {jobs_run} Jobs, {} Services ({unserved} without Pods), {} frontends, {} Pods in all; {} connections, {} failed, p50 {} µs, p99 {} µs, slowest {} µs; {} quiet points, served as the API says {} ms after at most; {} s; not taken: {refused:?}",
+        workloads.len() - jobs_run,
         scene.services.len(),
         scene.services.iter().map(Dialled::targets).sum::<usize>(),
         scene.kubelet.pods_ever().len(),
@@ -250,7 +301,7 @@ fn can_run(what: &str) -> bool {
 #[test]
 fn the_example_lives_through_all_that_controllers_do() {
     if can_run("the example with real controllers") {
-        play("example", EXAMPLE);
+        play("example", &format!("{EXAMPLE}---\n{NODES_AND_JOBS}"));
     }
 }
 

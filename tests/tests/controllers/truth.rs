@@ -5,10 +5,14 @@ use std::collections::BTreeSet;
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 use sluice_tests::control_plane::ControlPlane;
+use sluice_tests::manifests::NODE;
 
 /// A moment's objects.
 pub(crate) struct Truth {
+    nodes: Vec<Value>,
     workloads: Vec<Value>,
+    jobs: Vec<Value>,
+    /// Those that have not ended.
     pods: Vec<Value>,
     services: Vec<Value>,
     slices: Vec<Value>,
@@ -24,9 +28,14 @@ impl Truth {
         };
         let mut workloads = list("/apis/apps/v1/deployments")?;
         workloads.extend(list("/apis/apps/v1/statefulsets")?);
+        workloads.extend(list("/apis/apps/v1/daemonsets")?);
+        let mut pods = list("/api/v1/pods")?;
+        pods.retain(|pod| pod["status"]["phase"] != "Succeeded");
         Ok(Self {
+            nodes: list("/api/v1/nodes")?,
             workloads,
-            pods: list("/api/v1/pods")?,
+            jobs: list("/apis/batch/v1/jobs")?,
+            pods,
             services: list("/api/v1/services")?,
             slices: list("/apis/discovery.k8s.io/v1/endpointslices")?,
         })
@@ -34,9 +43,13 @@ impl Truth {
 
     /// What is still to be done by controllers or kubelet; `None`: nothing.
     pub(crate) fn unrest(&self) -> Option<String> {
-        let wanted: u64 = self.workloads.iter().filter_map(|it| it["spec"]["replicas"].as_u64()).sum();
-        if let Some(workload) = self.workloads.iter().find(|workload| !is_settled(workload)) {
+        let wanted: u64 = self.workloads.iter().map(|workload| self.pods_wanted(workload)).sum();
+        if let Some(workload) = self.workloads.iter().find(|it| !is_settled(it, self.pods_wanted(it))) {
             return Some(format!("{}: {}", name(workload), workload["status"]));
+        }
+        let is_complete = |condition: &Value| condition["type"] == "Complete" && condition["status"] == "True";
+        if let Some(job) = self.jobs.iter().find(|job| !items(&job["status"]["conditions"]).any(is_complete)) {
+            return Some(format!("Job {}: {}", name(job), job["status"]));
         }
         if let Some(pod) = self.pods.iter().find(|pod| !is_ready(pod)) {
             return Some(format!("Pod {}: {}", name(pod), pod["status"]));
@@ -50,12 +63,16 @@ impl Truth {
         })
     }
 
-    /// Ready endpoints of all Services that have a ClusterIP, as `NAMESPACE/SERVICE PORT-NAME/PROTOCOL ADDRESS:PORT`.
+    /// Ready endpoints of all Services that have a ClusterIP, on this node where no other may be taken, as `NAMESPACE/SERVICE PORT-NAME/PROTOCOL ADDRESS:PORT`.
     pub(crate) fn endpoints(&self) -> BTreeSet<String> {
         let mut all = BTreeSet::new();
         for service in self.services.iter().filter(|service| service["spec"]["clusterIP"] != "None") {
             for slice in self.slices_of(service) {
-                for (port, address) in items(&slice["ports"]).flat_map(|port| ready(slice).map(move |at| (port, at))) {
+                let may_be_taken = |endpoint: &&Value| !stays_on_node(service) || endpoint["nodeName"] == NODE;
+                let addresses: Vec<&str> = ready(slice).filter(may_be_taken).map(address).collect();
+                for (port, address) in
+                    items(&slice["ports"]).flat_map(|port| addresses.iter().map(move |at| (port, at)))
+                {
                     let number = &port["port"];
                     let place = if address.contains(':') {
                         format!("[{address}]:{number}")
@@ -68,6 +85,12 @@ impl Truth {
             }
         }
         all
+    }
+
+    /// How many Pods a workload is to have: a DaemonSet one for each Node that it may run on.
+    fn pods_wanted(&self, workload: &Value) -> u64 {
+        let nodes = || self.nodes.iter().filter(|node| may_run_on(workload, node)).count() as u64;
+        workload["spec"]["replicas"].as_u64().unwrap_or_else(nodes)
     }
 
     /// Addresses of the ready Pods that a Service selects, of its families.
@@ -85,7 +108,7 @@ impl Truth {
 
     /// Addresses that slices call ready.
     fn ready_addresses(&self, service: &Value) -> BTreeSet<String> {
-        self.slices_of(service).flat_map(ready).map(str::to_owned).collect()
+        self.slices_of(service).flat_map(ready).map(|endpoint| address(endpoint).to_owned()).collect()
     }
 
     fn slices_of<'t>(&'t self, service: &'t Value) -> impl Iterator<Item = &'t Value> {
@@ -104,6 +127,11 @@ pub(crate) fn selects(selector: &Value, labels: &Value) -> bool {
         .is_some_and(|selector| !selector.is_empty() && selector.iter().all(|(label, value)| labels[label] == *value))
 }
 
+/// Whether clients of a Service get only endpoints of their own node.
+pub(crate) fn stays_on_node(service: &Value) -> bool {
+    service["spec"]["type"] == "ClusterIP" && service["spec"]["internalTrafficPolicy"] == "Local"
+}
+
 /// `NAMESPACE/NAME`.
 pub(crate) fn name(object: &Value) -> String {
     format!("{}/{}", text(&object["metadata"]["namespace"]), text(&object["metadata"]["name"]))
@@ -119,19 +147,45 @@ pub(crate) fn text(value: &Value) -> &str {
     value.as_str().unwrap_or_default()
 }
 
-/// Addresses of the ready endpoints of a slice.
-fn ready(slice: &Value) -> impl Iterator<Item = &str> {
-    let ready = items(&slice["endpoints"]).filter(|endpoint| endpoint["conditions"]["ready"] != false);
-    ready.map(|endpoint| text(&endpoint["addresses"][0]))
+/// The ready endpoints of a slice.
+fn ready(slice: &Value) -> impl Iterator<Item = &Value> {
+    items(&slice["endpoints"]).filter(|endpoint| endpoint["conditions"]["ready"] != false)
 }
 
-/// Whether all Pods of a Deployment or StatefulSet are there, of the newest revision, and ready.
-fn is_settled(workload: &Value) -> bool {
-    let (status, replicas) = (&workload["status"], &workload["spec"]["replicas"]);
-    let counts = ["replicas", "updatedReplicas", "readyReplicas", "availableReplicas"];
-    let all = |field: &&str| status[*field].as_u64().unwrap_or(0) == replicas.as_u64().unwrap_or(0);
+fn address(endpoint: &Value) -> &str {
+    text(&endpoint["addresses"][0])
+}
+
+/// Whether the Pods of a DaemonSet are for this Node: its labels, and no taint that they do not tolerate.
+fn may_run_on(set: &Value, node: &Value) -> bool {
+    let spec = &set["spec"]["template"]["spec"];
+    let has_labels = spec["nodeSelector"].is_null() || selects(&spec["nodeSelector"], &node["metadata"]["labels"]);
+    let is_tolerated = |taint: &Value| {
+        items(&spec["tolerations"]).any(|toleration| {
+            (toleration["key"].is_null() || toleration["key"] == taint["key"])
+                && (toleration["effect"].is_null() || toleration["effect"] == taint["effect"])
+                && (toleration["operator"] == "Exists" || text(&toleration["value"]) == text(&taint["value"]))
+        })
+    };
+    has_labels && items(&node["spec"]["taints"]).all(is_tolerated)
+}
+
+/// Whether all Pods of a workload are there, of the newest revision, and ready.
+fn is_settled(workload: &Value, wanted: u64) -> bool {
+    let status = &workload["status"];
+    let counts: &[&str] = if workload["spec"]["replicas"].is_null() {
+        &[
+            "desiredNumberScheduled",
+            "currentNumberScheduled",
+            "updatedNumberScheduled",
+            "numberReady",
+            "numberAvailable",
+        ]
+    } else {
+        &["replicas", "updatedReplicas", "readyReplicas", "availableReplicas"]
+    };
     status["observedGeneration"] == workload["metadata"]["generation"]
-        && counts.iter().all(all)
+        && counts.iter().all(|field| status[*field].as_u64().unwrap_or(0) == wanted)
         && status["currentRevision"] == status["updateRevision"]
 }
 
