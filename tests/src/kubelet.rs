@@ -30,9 +30,8 @@ use crate::manifests::NODE;
 
 /// How long a Pod goes on serving when no EndpointSlice calls it ready any more: the time that a service proxy has.
 pub const GRACE: Duration = Duration::from_secs(1);
-/// How long a Pod works that is not to run for ever: longer than the slow start of an endpoint, at whose beginning it may get no
-/// connection at all.
-pub const WORK: Duration = Duration::from_secs(12);
+/// How long a Pod works that is not to run for ever: some seconds, since a new endpoint gets few connections at first.
+pub const WORK: Duration = Duration::from_secs(6);
 /// How long requests under way may take when a Pod ends.
 const FINISH: Duration = Duration::from_secs(2);
 /// Pause between two looks at the EndpointSlices.
@@ -187,6 +186,8 @@ impl Node {
             return self.topology.remove_pod(&uid).map(drop);
         }
         say("Running", false)?;
+        // Datagrams of flows that there are go to it as long as it is said to serve.
+        thread::sleep(GRACE);
         server.finish(FINISH);
         self.topology.remove_pod(&uid)?;
         if !is_deleted {

@@ -139,6 +139,22 @@ mod tests {
         assert!((550..=680).contains(&grown), "as many as the others, not {grown}");
     }
 
+    /// Five endpoints without flows that stay, one of them new: its share grows with its weight, from a tenth to all of a fifth.
+    #[test]
+    fn a_new_endpoint_gets_its_share_of_flows_that_end_at_once() {
+        for (age_ms, share) in [(0, 60..=140), (5_000, 350..=650), (10_000, 900..=1_100)] {
+            let (list, slots, mut rng) = (endpoints(5), Slots::new(1), fastrand::Rng::with_seed(7));
+            list[..4].iter().for_each(|endpoint| slots.enter(endpoint.slot));
+            slots.tick(1);
+            slots.enter(list[4].slot);
+            slots.tick(100_000);
+            let selection = at(&slots, 100_000 + age_ms);
+            let mut one = || select(Balancing::LeastConnections, PortSlot(0), &list, &selection, &mut rng);
+            let new = (0..5_000).filter(|_| one() == Some(4)).count();
+            assert!(share.contains(&new), "{new} of 5000 after {age_ms} ms");
+        }
+    }
+
     #[test]
     fn at_most_half_of_a_list_is_ejected() {
         for (ejected, unused) in [(0, 0), (1, 1), (2, 2), (3, 2), (5, 2)] {

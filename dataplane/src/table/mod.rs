@@ -21,6 +21,7 @@ use serde::Serialize;
 
 pub use build::{Conflict, TableBuilder};
 pub(crate) use directory::{Directory, EndpointEntry, PortEntry, Standing};
+pub(crate) use ejection::FULL_WEIGHT;
 pub use event::{LifeChange, LifeEvent};
 pub use identity::{EndpointName, PortName};
 pub use lifecycle::{Condition, Deadline, DrainTimeout, Life};
