@@ -31,6 +31,10 @@ unsafe impl Plain for crate::table::EndpointEntry {}
 // SAFETY: only atomic integers.
 unsafe impl Plain for crate::table::PortEntry {}
 // SAFETY: only atomic integers.
+unsafe impl Plain for crate::table::EndpointCounters {}
+// SAFETY: only atomic integers.
+unsafe impl Plain for crate::table::PortCounters {}
+// SAFETY: only atomic integers.
 unsafe impl Plain for crate::select::AffinityEntry {}
 
 /// A slice that lives as long as what owns its memory.

@@ -1,19 +1,16 @@
 //! Counters of Service ports and endpoints, in slots that packet threads reach by number without a lock.
 //!
-//! Each packet thread writes only its own cells, so counting shares no cache line between threads; a thread has cells for
-//! a thousand slots at a time, from the first flow that it opens there. Live-flow counts, which selection reads, are shared
-//! but change only when a flow opens or closes.
+//! Each packet thread writes only its own cells, so counting shares no cache line between threads; cells take memory from the
+//! first flow on, a page of them at a time. Live-flow counts, which selection reads, are shared but change only when a flow
+//! opens or closes.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, OnceLock};
 
 use crate::memory::Region;
 use crate::net::Direction;
 use crate::table::FrontendKind;
 use crate::table::directory::{Directory, Standing};
-
-const CHUNK: usize = 1024;
-const CHUNKS: usize = 1024;
 
 /// Slot number of an endpoint of a Service port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -46,28 +43,6 @@ impl Failure {
             Self::Unreachable => "unreachable",
             Self::Timeout => "timeout",
         }
-    }
-}
-
-/// Grows by whole chunks, never moves: a reader indexes it while another thread grows it.
-struct Slab<T> {
-    chunks: Box<[OnceLock<Box<[T]>>]>,
-}
-
-impl<T: Default> Slab<T> {
-    fn new() -> Self {
-        Self { chunks: (0..CHUNKS).map(|_| OnceLock::new()).collect() }
-    }
-
-    /// The slot, made when its chunk is not there yet.
-    fn get(&self, index: u32) -> &T {
-        let index = index as usize;
-        &self.chunks[index / CHUNK].get_or_init(|| (0..CHUNK).map(|_| T::default()).collect())[index % CHUNK]
-    }
-
-    fn peek(&self, index: u32) -> Option<&T> {
-        let index = index as usize;
-        self.chunks.get(index / CHUNK)?.get().map(|chunk| &chunk[index % CHUNK])
     }
 }
 
@@ -135,8 +110,8 @@ pub struct Totals {
 }
 
 struct ThreadSlots {
-    endpoints: Slab<EndpointCounters>,
-    ports: Slab<PortCounters>,
+    endpoints: Region<EndpointCounters>,
+    ports: Region<PortCounters>,
 }
 
 /// All slots. Shared by the packet threads, the table builder and whoever reads counters.
@@ -149,7 +124,7 @@ pub struct Slots {
 
 impl Slots {
     /// Number of endpoints, and of Service ports, that fit.
-    pub const CAPACITY: u32 = (CHUNK * CHUNKS) as u32;
+    pub const CAPACITY: u32 = 1 << 20;
 
     /// Slots for this many counting threads, on the heap.
     pub fn new(threads: usize) -> Self {
@@ -160,9 +135,10 @@ impl Slots {
 
     /// Slots with this shared part.
     pub(crate) fn over(threads: usize, directory: Directory) -> Self {
-        let thread = || ThreadSlots { endpoints: Slab::new(), ports: Slab::new() };
+        let count = Self::CAPACITY as usize;
+        let thread = || ThreadSlots { endpoints: Region::heap(count), ports: Region::heap(count) };
         let threads = (0..threads).map(|_| thread()).collect();
-        let slots = Self { threads, standings: Region::heap(Self::CAPACITY as usize), directory };
+        let slots = Self { threads, standings: Region::heap(count), directory };
         slots.recover();
         slots
     }
@@ -174,12 +150,12 @@ impl Slots {
 
     /// The cells of one thread for an endpoint.
     pub fn endpoint(&self, thread: usize, slot: EndpointSlot) -> &EndpointCounters {
-        self.threads[thread].endpoints.get(slot.0)
+        &self.threads[thread].endpoints[slot.0 as usize]
     }
 
     /// The cells of one thread for a Service port.
     pub fn port(&self, thread: usize, slot: PortSlot) -> &PortCounters {
-        self.threads[thread].ports.get(slot.0)
+        &self.threads[thread].ports[slot.0 as usize]
     }
 
     /// Flows open on the endpoint now; closing ones do not count.
@@ -221,7 +197,7 @@ impl Slots {
     /// Sums for an endpoint.
     pub fn endpoint_totals(&self, slot: EndpointSlot) -> Totals {
         let mut sum = Totals::default();
-        for cells in self.threads.iter().filter_map(|thread| thread.endpoints.peek(slot.0)) {
+        for cells in self.threads.iter().map(|thread| &thread.endpoints[slot.0 as usize]) {
             sum.opened += cells.opened.load(Relaxed);
             for direction in [Direction::Request, Direction::Reply].map(Direction::index) {
                 sum.bytes[direction] += cells.bytes[direction].load(Relaxed);
@@ -234,7 +210,7 @@ impl Slots {
     /// Sums for a Service port.
     pub fn port_totals(&self, slot: PortSlot) -> PortTotals {
         let mut sum = PortTotals::default();
-        for cells in self.threads.iter().filter_map(|thread| thread.ports.peek(slot.0)) {
+        for cells in self.threads.iter().map(|thread| &thread.ports[slot.0 as usize]) {
             for kind in FrontendKind::ALL.map(|kind| kind as usize) {
                 sum.opened[kind] += cells.opened[kind].load(Relaxed);
             }
@@ -263,7 +239,7 @@ impl Slots {
     }
 
     pub(super) fn clear_cells(&self, slot: EndpointSlot) {
-        for cells in self.threads.iter().filter_map(|thread| thread.endpoints.peek(slot.0)) {
+        for cells in self.threads.iter().map(|thread| &thread.endpoints[slot.0 as usize]) {
             for cell in std::iter::once(&cells.opened).chain(&cells.bytes).chain(&cells.packets) {
                 cell.store(0, Relaxed);
             }
@@ -274,7 +250,7 @@ impl Slots {
     /// Zeroes a Service port's cells before the slot serves another one.
     pub(super) fn clear_port(&self, slot: PortSlot) {
         self.assign_port(slot, 0);
-        for cells in self.threads.iter().filter_map(|thread| thread.ports.peek(slot.0)) {
+        for cells in self.threads.iter().map(|thread| &thread.ports[slot.0 as usize]) {
             let traffic = cells.bytes.iter().chain(&cells.packets);
             for cell in cells
                 .opened
