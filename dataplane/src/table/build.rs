@@ -218,8 +218,8 @@ impl TableBuilder {
             idle
         });
         self.holders.prune(slots);
-        // A Service that is gone may have endpoints that drain: their flows count on its ports.
-        let names = self.endpoint_slots.iter().map(|(name, _)| &name.port);
+        // A Service that is gone may have endpoints that drain: their flows count on its ports. They are retired as it is.
+        let names = self.endpoint_slots.retired().map(|name| &name.port);
         let in_use: AHashSet<u32> = names.filter_map(|port| self.port_slots.get(port)).collect();
         self.port_slots.release(|slot| {
             let idle = !in_use.contains(&slot);

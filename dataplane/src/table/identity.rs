@@ -180,6 +180,11 @@ impl<K: Identity> Numbers<K> {
         self.names.iter()
     }
 
+    /// Names that are retired and have a number.
+    pub(super) fn retired(&self) -> impl Iterator<Item = &K> {
+        self.retired.keys()
+    }
+
     /// The number of a name. A name that has none, or whose number `is_spent`, gets another, which `assign` is told.
     pub(super) fn intern(&mut self, name: &K, is_spent: impl Fn(u32) -> bool, assign: impl FnOnce(u32, u64)) -> u32 {
         self.retired.remove(name);

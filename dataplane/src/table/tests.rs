@@ -80,6 +80,28 @@ fn an_endpoint_keeps_its_slot_while_flows_use_it() {
     assert_eq!(slots.life(busy), None);
 }
 
+/// The flows that an endpoint has when its Service goes are counted on its Service's port, not on another's.
+#[test]
+fn a_port_keeps_its_slot_while_its_endpoints_have_flows() {
+    let slots = Arc::new(Slots::new(1));
+    let mut builder = TableBuilder::new(Arc::clone(&slots));
+    let port =
+        |builder: &TableBuilder, name: &str| builder.port_slot(&ServiceName::new("ns", name), "http", Protocol::Tcp);
+    builder.set(spec("gone", 1, "10.96.0.1", &["10.0.0.1:80"]));
+    let old = port(&builder, "gone").unwrap();
+    let (_, busy) = builder.endpoints().next().unwrap();
+    slots.flow_opened(busy);
+    builder.remove(&ServiceName::new("ns", "gone"));
+    (0..3).for_each(|_| builder.release_idle());
+    builder.set(spec("next", 1, "10.96.0.2", &["10.0.0.2:80"]));
+    assert_ne!(port(&builder, "next").unwrap(), old);
+    slots.flow_finished(busy);
+    slots.flow_forgotten(busy);
+    (0..3).for_each(|_| builder.release_idle());
+    builder.set(spec("last", 1, "10.96.0.3", &["10.0.0.3:80"]));
+    assert_eq!(port(&builder, "last").unwrap(), old);
+}
+
 /// Another uid at the same address is another endpoint, and so is who comes back after the end.
 #[test]
 fn a_reused_address_is_another_endpoint() {
