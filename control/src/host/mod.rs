@@ -1,7 +1,7 @@
 //! The host's part of the packet path: what brings packets to the TUN link, and how it is taken away again.
 //!
 //! All of it carries our name or our numbers. It is set up idempotently, put right when somebody else changed it, and
-//! removed by [`clean_up`]. Order of set-up: link, nftables, routes, then the rules that send packets our way.
+//! removed by [`Host::clean_up`]. Order of set-up: link, nftables, routes, then the rules that send packets our way.
 
 use std::collections::BTreeSet;
 use std::io::ErrorKind;

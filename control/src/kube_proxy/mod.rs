@@ -1,6 +1,6 @@
 //! kube-proxy's configuration as ours: its file, the ConfigMap that holds it, and its flags.
 //!
-//! [`KEYS`] says of every key and flag what becomes of it, in `docs/migration.md` too; [`read`] takes a file, [`flags`]
+//! [`KEYS`] says of every key and flag what becomes of it, in `docs/migration.md` too; [`read()`] takes a file, [`flags`]
 //! the command line. Both fill a [`Draft`], which knows how values act together.
 
 use std::path::PathBuf;
