@@ -2,7 +2,7 @@
 //!
 //! A Pod gets a network namespace with servers that answer with its name on its containers' ports, and says that it is ready.
 //! One that is deleted serves on until no EndpointSlice calls it ready, as a preStop hook that waits for it would have it, and
-//! [`GRACE`] more; then it ends and its object goes. One that is not to run for ever, as those of Jobs, says after [`WORK`] that
+//! [`GRACE`] more; then it says that it is not ready, ends after another [`GRACE`], and its object goes. One that is not to run for ever, as those of Jobs, says after [`WORK`] that
 //! it is not ready, serves on as long, and has succeeded.
 //!
 //! There is no scheduler: a DaemonSet's Pod is bound to the Node it is made for, every other to the daemon's. Pods of other Nodes

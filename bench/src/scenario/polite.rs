@@ -1,7 +1,7 @@
 //! Servers that say which Pod they are, and that they are going: with their last answer, as HTTP's `Connection: close` does.
 //!
 //! So a client never sends a request into a connection that is being closed, and what fails was failed by the way between
-//! the two. A request is one byte, an answer is two: the Pod's number, and whether it is the last.
+//! the two; but for connections that the kernel has accepted and the server has not, when it stops. A request is one byte, an answer is two: the Pod's number, and whether it is the last.
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};

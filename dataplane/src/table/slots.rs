@@ -47,7 +47,6 @@ impl Failure {
 }
 
 /// What one thread counted for one endpoint. A cache line of its own.
-#[derive(Default)]
 #[repr(align(64))]
 pub struct EndpointCounters {
     /// Flows opened.
@@ -60,7 +59,6 @@ pub struct EndpointCounters {
 
 /// What one thread counted for one Service port. Cache lines of its own. Bytes and packets stand here too, since endpoints
 /// come and go.
-#[derive(Default)]
 #[repr(align(64))]
 pub struct PortCounters {
     /// Flows opened, by frontend kind.
