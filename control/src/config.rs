@@ -245,6 +245,8 @@ pub enum PacketPath {
     Kernel,
     /// At the links, as far as that may be: cheaper, and past what others filter.
     Links,
+    /// The same, and the kernel carries connections once they are open: cheaper still.
+    Offload,
 }
 
 /// A configuration that cannot be used.

@@ -45,7 +45,7 @@ const REPORT_PAUSE: Duration = Duration::from_millis(100);
 /// Runs until SIGTERM or SIGINT.
 pub async fn run(config: Config, source: Source, names_for_host: bool) -> Result<()> {
     admin::metrics::install()?;
-    let host = Host::new()?;
+    let mut host = Host::new()?;
     let standing = lock::standing(&config.state_dir)?;
     require_environment()?;
     let events = source.access().map(|access| Events::start(access.clone(), config.node_name()));
@@ -67,13 +67,13 @@ pub async fn run(config: Config, source: Source, names_for_host: bool) -> Result
     let (tun, early_responder) = early.map(|early| (early.tun, early.responder)).unzip();
     let interfaces = host.addresses().await?;
     let mut settings = settings(&config, &first, &interfaces)?;
-    let at_links = AtLinks::start(&config, &mut settings)?;
     let tun = match tun {
         Some(tun) => tun,
         // Open before another daemon lets go: packets wait here meanwhile.
         None => host.open_link(settings.workers).await?,
     };
     tun.persist().with_context(|| format!("cannot keep the link {LINK}"))?;
+    let at_links = AtLinks::start(&config, &mut settings, &mut host)?;
     let shared = open_flows(settings.clone(), &config.state_dir)?;
     if let (Some(dns), Some(names)) = (&config.dns, &names) {
         shared.answer_names(responder::for_packet_threads(dns, names));
@@ -194,6 +194,7 @@ fn settings(config: &Config, first: &Update, interfaces: &[IpAddr]) -> Result<Se
         eject_after: config.eject_after,
         seed: ahash::RandomState::new().hash_one(std::process::id()),
         ways: None,
+        offload: None,
     })
 }
 

@@ -5,7 +5,7 @@ use std::any::Any;
 use std::fs::File;
 use std::io;
 use std::ops::Deref;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
 
@@ -36,6 +36,8 @@ unsafe impl Plain for crate::table::EndpointCounters {}
 unsafe impl Plain for crate::table::PortCounters {}
 // SAFETY: only atomic integers.
 unsafe impl Plain for crate::select::AffinityEntry {}
+// SAFETY: only atomic integers.
+unsafe impl Plain for crate::offload::Traffic {}
 
 /// A slice that lives as long as what owns its memory.
 pub(crate) struct Region<T> {
@@ -79,6 +81,12 @@ impl<T: Plain> Region<T> {
         let start = map.as_ptr().cast::<T>();
         let backing = Backing { file: file.try_clone()?, offset, reserved: AtomicUsize::new(0) };
         Ok(Self { start, count, backing: Some(backing), _owner: Arc::new(map) })
+    }
+
+    /// The `count` elements of a map of the kernel's.
+    pub(crate) fn of_kernel(map: &OwnedFd, count: usize) -> io::Result<Self> {
+        let map: MmapRaw = MmapOptions::new().len(count * size_of::<T>()).map_raw(map)?;
+        Ok(Self { start: map.as_ptr().cast(), count, backing: None, _owner: Arc::new(map) })
     }
 
     /// Makes sure that the first `count` elements have room: a full file system is an error here, and a signal later.

@@ -39,13 +39,42 @@ pub(crate) enum Peer {
     Hop,
 }
 
+/// What `packetPath` the daemon has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum PacketPath {
+    #[default]
+    Kernel,
+    Links,
+    Offload,
+}
+
+impl PacketPath {
+    const ALL: [Self; 3] = [Self::Kernel, Self::Links, Self::Offload];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Kernel => "kernel",
+            Self::Links => "links",
+            Self::Offload => "offload",
+        }
+    }
+
+    /// What a peer's name begins with.
+    fn prefix(self) -> String {
+        match self {
+            Self::Kernel => "sluice".to_owned(),
+            path => format!("sluice-{}", path.name()),
+        }
+    }
+}
+
 /// With how much the daemon is measured.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Sluice {
     /// Packet threads, if not as many as cores.
     workers: Option<usize>,
-    /// Packets are taken and sent at the links.
-    at_links: bool,
+    /// Its `packetPath`.
+    path: PacketPath,
     /// Services beside the one that is dialled.
     others: usize,
     /// Flows in its table beside those of the load.
@@ -71,8 +100,8 @@ impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Direct => f.write_str("direct"),
-            Self::Sluice(Sluice { workers, at_links, others, flows }) => {
-                f.write_str(if *at_links { "sluice-links" } else { "sluice" })?;
+            Self::Sluice(Sluice { workers, path, others, flows }) => {
+                f.write_str(&path.prefix())?;
                 workers.map_or(Ok(()), |workers| write!(f, "-{workers}"))?;
                 let services = others + 1;
                 if *others > 0 { write!(f, " {services} Services") } else { Ok(()) }?;
@@ -93,30 +122,28 @@ impl FromStr for Peer {
     fn from_str(text: &str) -> Result<Self, String> {
         match text {
             "direct" => Ok(Self::Direct),
-            "sluice" => Ok(Self::Sluice(Sluice::default())),
             "haproxy" => Ok(Self::Haproxy),
             "nginx" => Ok(Self::Nginx),
             "nft" => Ok(Self::Nft),
             "kube-proxy" => Ok(Self::KubeProxy),
             "hop" => Ok(Self::Hop),
-            "sluice-links" => Ok(Self::Sluice(Sluice { at_links: true, ..Sluice::default() })),
-            _ => {
-                let workers = text.strip_prefix("sluice-");
-                let at_links = workers.and_then(|text| text.strip_prefix("links-"));
-                match at_links.or(workers).map(str::parse) {
-                    Some(Ok(workers @ 1..=64)) => {
-                        let (workers, at_links) = (Some(workers), at_links.is_some());
-                        Ok(Self::Sluice(Sluice { workers, at_links, ..Sluice::default() }))
-                    }
-                    _ => {
-                        Err("use direct, sluice, sluice-WORKERS, sluice-links, sluice-links-WORKERS, haproxy, nginx, \
-                              kube-proxy, nft or hop"
-                            .to_owned())
-                    }
-                }
-            }
+            _ => sluice(text).ok_or_else(|| {
+                "use direct, sluice, sluice-links, sluice-offload (each also with -WORKERS), haproxy, nginx, kube-proxy, nft \
+                 or hop"
+                    .to_owned()
+            }),
         }
     }
+}
+
+fn sluice(text: &str) -> Option<Peer> {
+    let named = PacketPath::ALL.into_iter().find_map(|path| match text.strip_prefix(&path.prefix())? {
+        "" => Some((path, None)),
+        workers => {
+            Some((path, Some(workers.strip_prefix('-')?.parse().ok().filter(|workers| (1..=64).contains(workers))?)))
+        }
+    });
+    named.map(|(path, workers)| Peer::Sluice(Sluice { workers, path, ..Sluice::default() }))
 }
 
 impl Serialize for Peer {
@@ -157,9 +184,7 @@ pub(super) fn start(peer: Peer, mode: Mode, pods: u8, sluice: &Path) -> Result<R
                 let endpoints = ready(lab.endpoints().iter().map(SocketAddr::ip));
                 let others = Others { services: with.others, endpoints: 5 * with.others, ..Others::default() };
                 let command = daemon::prepare(&lab, folder.path(), sluice, with.workers, Some(&others), &endpoints)?;
-                if with.at_links {
-                    daemon::configure(folder.path(), "packetPath: links\n")?;
-                }
+                daemon::configure(folder.path(), &format!("packetPath: {}\n", with.path.name()))?;
                 if with.flows > 0 {
                     daemon::add(folder.path(), "silent.json", &manifests::silent(&endpoints))?;
                 }
@@ -233,9 +258,19 @@ mod tests {
 
     #[test]
     fn names_survive() {
-        for name in
-            ["direct", "sluice", "sluice-2", "sluice-links", "sluice-links-2", "haproxy", "nginx", "nft", "kube-proxy"]
-        {
+        for name in [
+            "direct",
+            "sluice",
+            "sluice-2",
+            "sluice-links",
+            "sluice-links-2",
+            "sluice-offload",
+            "sluice-offload-2",
+            "haproxy",
+            "nginx",
+            "nft",
+            "kube-proxy",
+        ] {
             assert_eq!(name.parse::<Peer>().unwrap().to_string(), name);
         }
         for name in ["", "sluice-", "sluice-0", "sluice-links-", "sluice-links-0", "ipvs"] {

@@ -149,7 +149,9 @@ fn describe() {
     describe_gauge!("sluice_flow_table_capacity", "Most flows the flow table holds");
     describe_counter!("sluice_flow_table_evictions_total", "Flows pushed out of a full flow table");
     describe_counter!("sluice_drops_total", "Packets dropped, by reason");
-    describe_counter!("sluice_sent_on_links_total", "Packets sent straight on a link (packetPath: links)");
+    describe_counter!("sluice_sent_on_links_total", "Packets sent straight on a link (packetPath: links, offload)");
+    describe_counter!("sluice_offloaded_packets_total", "Packets that the kernel carried (packetPath: offload)");
+    describe_gauge!("sluice_offloaded_flows", "Connections that the kernel carries now (packetPath: offload)");
     describe_gauge!(
         "sluice_source_synced",
         "1 once the source has told all there is; 0: objects of an earlier process serve"
@@ -300,6 +302,9 @@ fn record_packet_path(state: &State) {
         counter!("sluice_flows_ended_total", "reason" => reason).absolute(flows);
     }
     counter!("sluice_sent_on_links_total").absolute(shared.sent_on_links());
+    let (packets, flows) = shared.offloaded().unwrap_or_default();
+    counter!("sluice_offloaded_packets_total").absolute(packets);
+    gauge!("sluice_offloaded_flows").set(flows as f64);
     for (reason, packets) in shared.drops() {
         counter!("sluice_drops_total", "reason" => reason).absolute(packets);
     }

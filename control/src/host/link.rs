@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use anyhow::{Context as _, Result};
 use futures_util::TryStreamExt as _;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
-use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage};
 use rtnetlink::{Handle, LinkUnspec};
 
 use super::{LINK, sysctl};
@@ -110,16 +110,26 @@ async fn find(netlink: &Handle, name: &str) -> Result<Option<LinkMessage>> {
     Ok(links.into_iter().find(is_it))
 }
 
-/// Names of the links that packets of others can come in by.
-pub(super) async fn names(netlink: &Handle) -> Result<Vec<String>> {
-    let name = |link: LinkMessage| {
+/// A link that packets of others can come in by.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Other {
+    pub(super) index: u32,
+    pub(super) name: String,
+    pub(super) is_ethernet: bool,
+}
+
+/// The links that packets of others can come in by.
+pub(super) async fn others(netlink: &Handle) -> Result<Vec<Other>> {
+    let other = |link: LinkMessage| {
+        let (index, is_ethernet) = (link.header.index, link.header.link_layer_type == LinkLayerType::Ether);
         let mut attributes = link.attributes.into_iter().filter(|_| !link.header.flags.contains(LinkFlags::Loopback));
-        attributes.find_map(|attribute| match attribute {
+        let name = attributes.find_map(|attribute| match attribute {
             LinkAttribute::IfName(name) if name != LINK => Some(name),
             _ => None,
-        })
+        });
+        name.map(|name| Other { index, name, is_ethernet })
     };
-    Ok(all(netlink).await?.into_iter().filter_map(name).collect())
+    Ok(all(netlink).await?.into_iter().filter_map(other).collect())
 }
 
 async fn all(netlink: &Handle) -> Result<Vec<LinkMessage>> {

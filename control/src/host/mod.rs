@@ -7,15 +7,19 @@ use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::net::IpAddr;
 use std::process::Command;
+use std::sync::Arc;
 
+use anyhow::Context as _;
 use tokio::task::JoinHandle;
 
 use crate::config::PortRange;
 use conntrack::Direction;
 use hand_over::{HandOver, Ours};
 use ingress::Ingress;
+use link::Other;
 pub use plan::Plan;
 use sluice_dataplane::flow::FlowView;
+use sluice_dataplane::offload::{self, Offload};
 use sluice_dataplane::packet_path::Tun;
 
 mod conntrack;
@@ -57,6 +61,8 @@ pub struct Host {
     noted: nft::Noted,
     hand_over: HandOver,
     ingress: Ingress,
+    /// What has the kernel carry connections.
+    offload: Option<Arc<Offload>>,
     /// What a service proxy before us has begun was looked for.
     has_looked: bool,
 }
@@ -73,6 +79,7 @@ impl Host {
             noted: nft::Noted::default(),
             hand_over: HandOver::default(),
             ingress: Ingress::default(),
+            offload: None,
             has_looked: false,
         })
     }
@@ -110,6 +117,11 @@ impl Host {
             }
             _ => anyhow::Error::new(error).context(format!("cannot make the link {LINK}")),
         })
+    }
+
+    /// Has the program that carries connections attached to the links, from the next [`Self::apply`] on.
+    pub fn carry_with(&mut self, offload: Arc<Offload>) {
+        self.offload = Some(offload);
     }
 
     /// Brings the link up with addresses where names are answered. [`Self::apply`] does that too, and the rest.
@@ -180,15 +192,33 @@ impl Host {
         let mut links = Vec::new();
         loop {
             let before = std::mem::take(&mut links);
-            if may_take {
-                links = link::names(&self.netlink).await?;
+            if self.plan.at_links || looks {
+                links = link::others(&self.netlink).await?;
             }
-            let result = self.ingress.apply(&self.plan, &links, looks);
+            let names: Vec<String> = links.iter().filter(|_| may_take).map(|link| link.name.clone()).collect();
+            let table = self.ingress.apply(&self.plan, &names, looks);
+            let result = table.and_then(|is_changed| Ok(self.carry_at(&links, looks)? || is_changed));
             // A link may be gone that was there a moment ago.
             if result.is_ok() || links == before {
                 return result;
             }
         }
+    }
+
+    /// Attaches what carries connections to these links; `looks`: takes away what an earlier process left, where nothing does.
+    /// Returns whether others had changed it.
+    fn carry_at(&self, links: &[Other], looks: bool) -> anyhow::Result<bool> {
+        let mut ethernet = links.iter().filter(|link| link.is_ethernet).map(|link| link.index);
+        let Some(offload) = &self.offload else {
+            if looks {
+                ethernet.try_for_each(|link| offload::clear(link).map(drop))?;
+            }
+            return Ok(false);
+        };
+        offload.follow(&ethernet.collect()).map_err(|error| match error.kind() {
+            ErrorKind::InvalidInput => Lacking(format!("packetPath: offload needs Linux 6.6 or later: {error}")).into(),
+            _ => anyhow::Error::new(error).context("packetPath: offload: a program cannot be attached to a link"),
+        })
     }
 
     /// Leaves new connections to another service proxy: only these flows are ours from now on.
@@ -241,6 +271,9 @@ impl Host {
         if self.ingress.remove()? {
             removed.push("nftables table of links".to_owned());
         }
+        if self.stop_carrying().await? {
+            removed.push("programs at links".to_owned());
+        }
         let found = nft::read()?;
         let mut ours = std::mem::take(&mut self.noted);
         ours.add(found.as_ref().map(nft::Table::noted).unwrap_or_default());
@@ -258,6 +291,15 @@ impl Host {
         }
         (self.plan, self.table) = Default::default();
         Ok(removed)
+    }
+
+    async fn stop_carrying(&mut self) -> anyhow::Result<bool> {
+        let ours = self.offload.take().is_some_and(|offload| offload.detach());
+        let mut was_there = ours;
+        for link in link::others(&self.netlink).await? {
+            was_there |= offload::clear(link.index).with_context(|| format!("programs at the link {}", link.name))?;
+        }
+        Ok(was_there)
     }
 
     /// Removes the link, when it is there.

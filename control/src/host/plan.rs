@@ -51,7 +51,7 @@ impl Plan {
             own_frontends: BTreeSet::new(),
             names: config.dns.iter().flat_map(|dns| &dns.listen).map(SocketAddr::ip).collect(),
             families: families.clone(),
-            at_links: config.packet_path == PacketPath::Links,
+            at_links: config.packet_path != PacketPath::Kernel,
         };
         for frontend in table.frontends() {
             let (address, protocol, port) = match frontend.key {

@@ -4,6 +4,7 @@ mod drain;
 mod index;
 mod key;
 mod life;
+mod offloaded;
 mod record;
 mod recover;
 mod room;

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64};
 use super::life::{self, LIVE};
 use crate::flow::{Address, FlowKey, State};
 use crate::net::{Direction, Protocol};
+use crate::offload::Seen;
 use crate::packet::Translation;
 use crate::table::{EndpointSlot, FrontendKind, PortSlot};
 
@@ -250,6 +251,21 @@ impl Record {
         }
         self.bytes[direction.index()].fetch_add(bytes as u64, Relaxed);
         self.packets[direction.index()].fetch_add(1, Relaxed);
+    }
+
+    /// Adds what the kernel saw of a direction.
+    pub(super) fn add(&self, direction: Direction, seen: &Seen) {
+        let index = direction.index();
+        self.bytes[index].fetch_add(seen.bytes, Relaxed);
+        self.packets[index].fetch_add(seen.packets as u32, Relaxed);
+        let is_later = |new: u32, old: u32| new.wrapping_sub(old) as i32 > 0;
+        if is_later(seen.last_ms as u32, self.last_seen.load(Relaxed)) {
+            self.last_seen.store(seen.last_ms as u32, Relaxed);
+        }
+        let acknowledged = self.acknowledged[index].load(Relaxed);
+        if acknowledged == 0 || is_later(seen.acknowledged, acknowledged) {
+            self.acknowledge(direction, seen.acknowledged);
+        }
     }
 
     /// Notes the acknowledgement number of a segment.

@@ -12,6 +12,7 @@ use super::store::Header;
 use super::{Address, FlowKey, State, Timeouts};
 use crate::memory::Region;
 use crate::net::{Direction, Family};
+use crate::offload::Offload;
 use crate::packet::view::Tcp;
 use crate::table::{EndpointSlot, FrontendKind, PortSlot, Slots};
 
@@ -67,7 +68,7 @@ pub enum SourceChoice {
 #[derive(Clone, Copy, Debug)]
 pub struct Hit {
     pub(super) record: u32,
-    snapshot: Snapshot,
+    pub(super) snapshot: Snapshot,
     /// Direction of the packet.
     pub direction: Direction,
 }
@@ -116,6 +117,7 @@ pub struct FlowTable {
     pub(super) evictions: AtomicU64,
     ended: EndedCounters,
     pub(super) slots: Arc<Slots>,
+    pub(super) offload: Option<Arc<Offload>>,
     timeouts: Timeouts,
     /// All that records may name, also those of earlier processes.
     masquerade: Vec<Address>,
@@ -153,6 +155,7 @@ impl FlowTable {
             evictions: AtomicU64::new(0),
             ended: EndedCounters::default(),
             slots,
+            offload: None,
             timeouts: Timeouts::default(),
             masquerade: addresses,
             masquerade_now: masquerade.addresses,
@@ -324,7 +327,12 @@ impl FlowTable {
         self.index.find(self.hash(key), |entry| {
             let snapshot = self.records[entry.record as usize].read()?;
             let same = snapshot.fields.key(entry.direction, &self.masquerade) == *key;
-            same.then_some(Hit { record: entry.record, snapshot, direction: entry.direction })
+            let hit = || Hit {
+                snapshot: self.settled(entry.record, snapshot),
+                record: entry.record,
+                direction: entry.direction,
+            };
+            same.then(hit)
         })
     }
 
@@ -349,7 +357,7 @@ impl FlowTable {
     }
 
     pub(super) fn hit(&self, record: u32) -> Option<Hit> {
-        let snapshot = self.records[record as usize].read()?;
+        let snapshot = self.settled(record, self.records[record as usize].read()?);
         Some(Hit { record, snapshot, direction: Direction::Request })
     }
 
@@ -364,6 +372,7 @@ impl FlowTable {
         let record = &self.records[hit.record as usize];
         let Some(now) = record.read().filter(|now| now.meta >> 32 == hit.snapshot.meta >> 32) else { return };
         let fields = &now.fields;
+        self.end_offload(&now, hit.record);
         for direction in [Direction::Request, Direction::Reply] {
             let hash = self.hash(&fields.key(direction, &self.masquerade));
             self.index.remove(hash, Entry { record: hit.record, direction }, |entry| self.hash_of(entry));
@@ -381,6 +390,7 @@ impl FlowTable {
         let before = self.records[hit.record as usize].advance(hit.snapshot.meta, &step)?;
         if step(before).is_finished() && !before.is_finished() {
             self.slots.flow_finished(hit.fields().endpoint_slot);
+            self.take_back(hit);
         }
         Some(before)
     }

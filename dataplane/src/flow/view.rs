@@ -41,8 +41,8 @@ pub struct FlowView {
 impl FlowTable {
     /// Every flow, as it is when the iterator comes to it.
     pub fn views(&self, now_ms: u64) -> impl Iterator<Item = FlowView> {
-        self.records().iter().filter_map(move |record| {
-            let snapshot = record.read()?;
+        self.records().iter().enumerate().filter_map(move |(number, record)| {
+            let snapshot = self.settled(number as u32, record.read()?);
             let fields = &snapshot.fields;
             let (bytes, packets) = record.traffic();
             let reply = fields.reply(self.masquerade());

@@ -30,6 +30,11 @@ impl Change {
         self.0 += u64::from(!old) + u64::from(new);
     }
 
+    /// The change as such, in 16 bits.
+    pub fn folded(self) -> u16 {
+        fold(self.0)
+    }
+
     /// Both changes together.
     pub fn and(self, other: Self) -> Self {
         Self(self.0 + other.0)

@@ -12,6 +12,7 @@ use crate::flow::{
     Ended, FlowFile, FlowFileError, FlowTable, FlowView, Header, Hold, MAX_RECORDS, Masquerade, Recovery, Store,
 };
 use crate::memory::Region;
+use crate::offload::Offload;
 use crate::packet_path::drops::{Drop, Drops};
 use crate::packet_path::fragments::Fragments;
 use crate::packet_path::held::{Held, HeldTotals};
@@ -40,6 +41,8 @@ pub struct Settings {
     pub eject_after: u16,
     /// Where packets leave that are sent straight on a link; without it the kernel routes all.
     pub ways: Option<Arc<Ways>>,
+    /// What has the kernel carry connections; only with `ways`.
+    pub offload: Option<Arc<Offload>>,
 }
 
 impl Default for Settings {
@@ -53,6 +56,7 @@ impl Default for Settings {
             slow_start: Duration::from_secs(10),
             eject_after: 5,
             ways: None,
+            offload: None,
         }
     }
 }
@@ -104,13 +108,13 @@ impl Shared {
         };
         let addresses = store.masquerade(&masquerade.addresses);
         let directory = Directory::new(store.endpoints, store.uids, store.ports, header());
-        // The keeper counts too.
-        let slots = Arc::new(Slots::over(settings.workers + 1, directory));
+        // The keeper counts too, and what the kernel carried is counted apart.
+        let slots = Arc::new(Slots::over(settings.workers + 2, directory));
         let affinity = Affinity::over(store.affinities, header());
         let flows = FlowTable::new(store.records, header(), addresses, Arc::clone(&slots), masquerade);
         let (flows, (found, dropped)) = flows;
         Arc::new(Self {
-            flows,
+            flows: flows.with_offload(settings.offload.clone()),
             affinity,
             opens: Opens::new(settings.flow_capacity),
             fragments: Fragments::new(),
@@ -203,6 +207,12 @@ impl Shared {
     /// Packets sent straight on a link so far.
     pub fn sent_on_links(&self) -> u64 {
         self.on_links.iter().map(|count| count.0.load(Relaxed)).sum()
+    }
+
+    /// Packets that the kernel carried so far, as far as they were counted, and connections that it carries now; nothing without
+    /// [`Settings::offload`].
+    pub fn offloaded(&self) -> Option<(u64, u64)> {
+        self.settings.offload.as_ref().map(|offload| offload.totals())
     }
 
     /// Packets dropped so far, by reason label.

@@ -6,9 +6,10 @@ use std::net::IpAddr;
 use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicU64, fence};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::flow::Address;
+use crate::offload::Offload;
 
 /// Bytes of an Ethernet header (IEEE 802.3): receiver, sender, type.
 pub const ETHERNET: usize = 14;
@@ -96,6 +97,7 @@ pub struct Ways {
     writers: Mutex<()>,
     ask: UnixDatagram,
     asked: UnixDatagram,
+    offload: OnceLock<Arc<Offload>>,
 }
 
 impl Ways {
@@ -110,7 +112,14 @@ impl Ways {
             writers: Mutex::default(),
             ask,
             asked,
+            offload: OnceLock::new(),
         })
+    }
+
+    /// From now on this learns all answers too. Once only.
+    pub fn tell(&self, offload: Arc<Offload>) {
+        // There is one program.
+        let _ = self.offload.set(offload);
     }
 
     /// The other end of questions: each is a datagram that [`Ways::question`] reads. Does not block.
@@ -148,6 +157,7 @@ impl Ways {
         if let Some(place) = places.iter().find(|place| place.is_of(words)).or_else(oldest) {
             place.write(words, way, until_ms);
         }
+        self.offload.get().inspect(|offload| offload.set_way(address.ip(), way, until_ms));
     }
 
     /// Packets to this address go the kernel's way until an answer comes.
@@ -155,12 +165,14 @@ impl Ways {
         let address = Address::from(address);
         let _lock = self.lock();
         self.places_of(address).iter().filter(|place| place.is_of(address.words())).for_each(Self::end);
+        self.offload.get().inspect(|offload| offload.set_way(address.ip(), None, 0));
     }
 
     /// All packets do.
     pub fn forget_all(&self) {
         let _lock = self.lock();
         self.places.iter().for_each(Self::end);
+        self.offload.get().inspect(|offload| offload.forget_ways());
     }
 
     fn end(place: &Place) {

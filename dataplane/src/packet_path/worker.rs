@@ -9,6 +9,7 @@ use arc_swap::Cache;
 use crate::decide::{NewFlow, Verdict};
 use crate::flow::{Address, FlowKey, Full, Hit, NewFlowRecord, Source, SourceChoice, State};
 use crate::net::{Direction, Protocol};
+use crate::offload::Level;
 use crate::packet::view::{Packet, Tcp, Transport};
 use crate::packet::{icmp, reply, rewrite, vnet};
 use crate::packet_path::drops::Drop;
@@ -75,7 +76,7 @@ impl Worker {
     }
 
     /// Where the packet goes that [`Action::Send`] speaks of, when it may be sent there on a link. Connection tracking must see
-    /// requests with the client's address: it is what brings their replies to us.
+    /// requests with the client's address, unless the kernel's program does: one of both has to bring their replies to us.
     pub(super) fn onward(&self) -> Option<Address> {
         self.onward
     }
@@ -137,15 +138,42 @@ impl Worker {
         let flows = &self.shared.flows;
         let translation = hit.fields().translation(hit.direction, flows.masquerade());
         rewrite::rewrite(bytes, packet, partial, &translation);
-        if hit.direction == Direction::Reply || hit.fields().source != Source::Preserved {
-            self.onward = Some(translation.destination);
-        }
         match tcp {
-            Some(tcp) => flows.see_tcp(&hit, &tcp, packet.length, now_ms),
+            Some(tcp) => {
+                flows.see_tcp(&hit, &tcp, packet.length, now_ms);
+                self.offload(&hit, &tcp, now_ms);
+            }
             None => flows.see_datagram(&hit, packet.length, now_ms),
+        }
+        let is_masqueraded = hit.fields().source != Source::Preserved;
+        if hit.direction == Direction::Reply || is_masqueraded || flows.offloaded(&hit) != Level::None {
+            self.onward = Some(translation.destination);
         }
         self.count_traffic(&hit, packet.length);
         Ok(Action::Send)
+    }
+
+    /// Hands to the kernel what it can carry of a connection. Its program brings us the replies of those that keep the client's
+    /// address from the first packet on; it carries those that the endpoint has accepted.
+    fn offload(&self, hit: &Hit, tcp: &Tcp, now_ms: u64) {
+        let (flows, settings) = (&self.shared.flows, &self.shared.settings);
+        let Some((ways, offload)) = settings.ways.as_ref().zip(settings.offload.as_ref()) else { return };
+        let fields = hit.fields();
+        let level = match (hit.state(), hit.direction) {
+            (State::Opening, Direction::Request) if tcp.syn && !tcp.ack && fields.source == Source::Preserved => {
+                Level::Held
+            }
+            (State::Opening, Direction::Reply) if tcp.syn && tcp.ack => Level::Carried,
+            (State::Established, _) if !tcp.syn && !tcp.fin && !tcp.rst => Level::Carried,
+            _ => return,
+        };
+        if flows.offloaded(hit) < level
+            && let Some(to_endpoint) = ways.find(fields.endpoint, now_ms)
+            && ways.find(fields.request.source, now_ms).is_some()
+            && offload.is_at(to_endpoint.link)
+        {
+            flows.offload(hit, level);
+        }
     }
 
     /// A later fragment goes where the first went.
