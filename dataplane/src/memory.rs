@@ -37,7 +37,9 @@ unsafe impl Plain for crate::table::PortCounters {}
 // SAFETY: only atomic integers.
 unsafe impl Plain for crate::select::AffinityEntry {}
 // SAFETY: only atomic integers.
-unsafe impl Plain for crate::offload::Traffic {}
+unsafe impl Plain for crate::offload::FlowTraffic {}
+// SAFETY: only atomic integers.
+unsafe impl Plain for crate::offload::Carried {}
 
 /// A slice that lives as long as what owns its memory.
 pub(crate) struct Region<T> {

@@ -51,6 +51,18 @@ pub(crate) enum If {
     AtMost = 0xb0,
 }
 
+/// What is done to memory at once.
+#[derive(Clone, Copy)]
+#[repr(i32)]
+pub(crate) enum Atomic {
+    /// `memory += from`
+    Add = 0x00,
+    /// The same, and `from` is what was there before.
+    FetchAdd = 0x01,
+    /// Both change places.
+    Exchange = 0xe1,
+}
+
 /// The second operand.
 #[derive(Clone, Copy)]
 pub(crate) enum Operand {
@@ -75,7 +87,8 @@ const LOAD_WIDE: u8 = 0x18;
 const LOAD: u8 = 0x61;
 const STORE: u8 = 0x63;
 const STORE_NUMBER: u8 = 0x62;
-const ATOMIC: u8 = 0xdb;
+const ATOMIC_WORD: u8 = 0xc3;
+const ATOMIC_DOUBLE: u8 = 0xdb;
 const ALU_64: u8 = 0x07;
 const JUMP: u8 = 0x05;
 const JUMP_ALWAYS: u8 = 0x05;
@@ -132,9 +145,13 @@ impl Assembler {
         }
     }
 
-    /// `the 64 bits at base + offset += from`, for all processors at once.
-    pub(crate) fn add_to(&mut self, base: Register, offset: i16, from: Register) {
-        self.put(ATOMIC, base, from, offset, 0);
+    /// Changes the memory at base + offset for all processors at once.
+    pub(crate) fn atomic(&mut self, atomic: Atomic, size: Size, base: Register, offset: i16, from: Register) {
+        let code = match size {
+            Size::Double => ATOMIC_DOUBLE,
+            _ => ATOMIC_WORD,
+        };
+        self.put(code, base, from, offset, atomic as i32);
     }
 
     /// `to = to op by`
@@ -209,7 +226,7 @@ mod tests {
         program.op(Op::Move, R1, R6);
         program.load(Size::Half, R2, R1, -4);
         program.jump_if(R2, If::Above, 7, end);
-        program.add_to(R3, 8, R2);
+        program.atomic(Atomic::Add, Size::Double, R3, 8, R2);
         program.map(R1, 5);
         program.jump(end);
         program.store(Size::Byte, STACK, -1, 9);

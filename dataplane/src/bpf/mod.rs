@@ -17,6 +17,7 @@ const PROG_LOAD: libc::c_long = 5;
 const PROG_ATTACH: libc::c_long = 8;
 const PROG_DETACH: libc::c_long = 9;
 const PROG_GET_FD_BY_ID: libc::c_long = 13;
+const MAP_GET_FD_BY_ID: libc::c_long = 14;
 const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const PROG_QUERY: libc::c_long = 16;
 const TCX_INGRESS: u32 = 46;
@@ -26,6 +27,8 @@ const REPLACE: u32 = 1 << 2;
 const NAME: usize = 16;
 /// Programs at one link that are looked at.
 const MOST_PROGRAMS: usize = 64;
+/// Maps of a program that are looked at.
+const MOST_MAPS: usize = 16;
 
 /// Kinds of maps.
 #[derive(Clone, Copy)]
@@ -225,43 +228,87 @@ pub(crate) fn attached(link: u32) -> io::Result<Vec<u32>> {
 
 /// The program with this number. Needs `CAP_SYS_ADMIN`.
 pub(crate) fn program(number: u32) -> io::Result<OwnedFd> {
-    #[repr(C)]
-    struct ById {
-        number: u32,
-        next: u32,
-        flags: u32,
-    }
     bpf_descriptor(PROG_GET_FD_BY_ID, &mut ById { number, next: 0, flags: 0 })
+}
+
+/// The map with this number. Needs `CAP_SYS_ADMIN`.
+pub(crate) fn map(number: u32) -> io::Result<OwnedFd> {
+    bpf_descriptor(MAP_GET_FD_BY_ID, &mut ById { number, next: 0, flags: 0 })
+}
+
+#[repr(C)]
+struct ById {
+    number: u32,
+    next: u32,
+    flags: u32,
+}
+
+/// The beginning of `struct bpf_prog_info`.
+#[repr(C)]
+#[derive(Default)]
+struct ProgramInfo {
+    kind: u32,
+    number: u32,
+    tag: u64,
+    lengths: [u32; 2],
+    code: [u64; 2],
+    load_time: u64,
+    owner: u32,
+    map_count: u32,
+    maps: u64,
+    name: [u8; NAME],
+}
+
+/// The beginning of `struct bpf_map_info`.
+#[repr(C)]
+#[derive(Default)]
+struct MapInfo {
+    kind: u32,
+    number: u32,
+    key_size: u32,
+    value_size: u32,
+    entries: u32,
+    flags: u32,
+    name: [u8; NAME],
 }
 
 /// Number and name of a program.
 pub(crate) fn identity(program: &OwnedFd) -> io::Result<(u32, String)> {
-    /// The beginning of `struct bpf_prog_info`.
-    #[repr(C)]
-    #[derive(Default)]
-    struct Info {
-        kind: u32,
-        number: u32,
-        tag: u64,
-        lengths: [u32; 2],
-        code: [u64; 2],
-        load_time: u64,
-        owner: u32,
-        map_count: u32,
-        maps: u64,
-        name: [u8; NAME],
-    }
+    let mut info = ProgramInfo::default();
+    read_info(program, &mut info)?;
+    Ok((info.number, text(&info.name)))
+}
+
+/// Numbers of the maps that a program uses.
+pub(crate) fn maps_of(program: &OwnedFd) -> io::Result<Vec<u32>> {
+    let mut maps = vec![0_u32; MOST_MAPS];
+    let mut info =
+        ProgramInfo { map_count: MOST_MAPS as u32, maps: maps.as_mut_ptr() as u64, ..ProgramInfo::default() };
+    read_info(program, &mut info)?;
+    maps.truncate(info.map_count as usize);
+    Ok(maps)
+}
+
+/// Name of a map, size of its values, and how many entries it has room for.
+pub(crate) fn map_info(map: &OwnedFd) -> io::Result<(String, u32, u32)> {
+    let mut info = MapInfo::default();
+    read_info(map, &mut info)?;
+    Ok((text(&info.name), info.value_size, info.entries))
+}
+
+fn read_info<T>(of: &OwnedFd, info: &mut T) -> io::Result<()> {
     #[repr(C)]
     struct GetInfo {
         descriptor: u32,
         length: u32,
         info: u64,
     }
-    let mut info = Info::default();
-    let (descriptor, length) = (program.as_raw_fd() as u32, size_of::<Info>() as u32);
-    bpf(OBJ_GET_INFO_BY_FD, &mut GetInfo { descriptor, length, info: (&raw mut info) as u64 })?;
-    let name = info.name.split(|byte| *byte == 0).next().unwrap_or_default();
-    Ok((info.number, String::from_utf8_lossy(name).into_owned()))
+    let (descriptor, length) = (of.as_raw_fd() as u32, size_of::<T>() as u32);
+    bpf(OBJ_GET_INFO_BY_FD, &mut GetInfo { descriptor, length, info: (&raw mut *info) as u64 }).map(drop)
+}
+
+fn text(name: &[u8; NAME]) -> String {
+    String::from_utf8_lossy(name.split(|byte| *byte == 0).next().unwrap_or_default()).into_owned()
 }
 
 fn name_of(name: &str) -> [u8; NAME] {

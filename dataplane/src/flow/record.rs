@@ -257,7 +257,7 @@ impl Record {
     pub(super) fn add(&self, direction: Direction, seen: &Seen) {
         let index = direction.index();
         self.bytes[index].fetch_add(seen.bytes, Relaxed);
-        self.packets[index].fetch_add(seen.packets as u32, Relaxed);
+        self.packets[index].fetch_add(seen.packets, Relaxed);
         let is_later = |new: u32, old: u32| new.wrapping_sub(old) as i32 > 0;
         if is_later(seen.last_ms as u32, self.last_seen.load(Relaxed)) {
             self.last_seen.store(seen.last_ms as u32, Relaxed);

@@ -11,6 +11,8 @@ use super::table::{FlowTable, Full, Hit, Writer};
 
 /// Milliseconds after which nothing of a finished flow is under way any more, as a rule.
 const PORT_REST_MS: u32 = 1_000;
+/// Ports of finished flows that are looked at for one that rested so long. They come in turn, so the first are the most rested.
+const PORT_SEARCH: u32 = 16;
 /// Records looked at for a victim when the table is full.
 const VICTIM_SEARCH: usize = 64;
 /// Unanswered opens idle for this many milliseconds may be pushed out of a full table.
@@ -70,6 +72,7 @@ impl FlowTable {
         // Several Service ports may have this endpoint, each with a turn of its own: they begin apart.
         let begin = fields.endpoint_slot.0.wrapping_mul(0x9e37_79b9);
         let mut finished: Option<(Source, Hit, u32)> = None;
+        let mut left = PORT_SEARCH;
         for _ in 0..count {
             let turn = self.slots.next_source_port(fields.endpoint_slot).wrapping_add(begin) % count;
             let source = Source::Masqueraded { address, port: (first + turn) as u16 };
@@ -79,11 +82,15 @@ impl FlowTable {
             let idle = self.records[other.record as usize].idle_ms(now_ms);
             // Stamped after `now_ms` was read: not idle at all.
             let idle = if idle > u32::MAX / 2 { 0 } else { idle };
-            if other.state().is_finished() && finished.as_ref().is_none_or(|(.., longest)| idle > *longest) {
+            if !other.state().is_finished() {
+                continue;
+            }
+            left -= 1;
+            if finished.as_ref().is_none_or(|(.., longest)| idle > *longest) {
                 finished = Some((source, other, idle));
-                if idle >= PORT_REST_MS {
-                    break;
-                }
+            }
+            if idle >= PORT_REST_MS || left == 0 {
+                break;
             }
         }
         let (source, other, _) = finished.ok_or(Full::Ports)?;

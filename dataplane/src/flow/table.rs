@@ -12,7 +12,7 @@ use super::store::Header;
 use super::{Address, FlowKey, State, Timeouts};
 use crate::memory::Region;
 use crate::net::{Direction, Family};
-use crate::offload::Offload;
+use crate::offload::{Level, Offload};
 use crate::packet::view::Tcp;
 use crate::table::{EndpointSlot, FrontendKind, PortSlot, Slots};
 
@@ -390,7 +390,9 @@ impl FlowTable {
         let before = self.records[hit.record as usize].advance(hit.snapshot.meta, &step)?;
         if step(before).is_finished() && !before.is_finished() {
             self.slots.flow_finished(hit.fields().endpoint_slot);
-            self.take_back(hit);
+            if self.offloaded(hit) == Level::Carried {
+                self.take_back(hit);
+            }
         }
         Some(before)
     }

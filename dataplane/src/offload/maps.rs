@@ -2,14 +2,17 @@
 
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
-use crate::bpf::{Map, MapKind};
+use crate::bpf::{self, Map, MapKind};
 use crate::flow::{Address, FlowKey};
 use crate::memory::Region;
+use crate::net::Direction;
 use crate::packet::Translation;
 use crate::packet::checksum::Change;
+use crate::table::{EndpointSlot, Slots};
 
 /// Most addresses with a known way.
 const WAYS: u32 = 16_384;
@@ -48,14 +51,18 @@ pub(super) struct Flow {
     /// What the change of addresses, and that of ports, does to a checksum: sums of words as they lie in memory, of 16 bits.
     pub(super) address_change: u32,
     pub(super) port_change: u32,
-    /// Where they are counted.
+    /// Where they are counted: the place, and the direction's part of it.
     pub(super) traffic: u32,
+    pub(super) direction: u32,
+    /// Where their endpoint is.
+    pub(super) endpoint: u32,
     /// All of them come to us: 1.
     pub(super) to_us: u32,
 }
 
 impl Flow {
-    pub(super) fn new(key: &FlowKey, to: &Translation, traffic: u32, to_us: bool) -> Self {
+    /// One that comes to us.
+    pub(super) fn new(key: &FlowKey, to: &Translation, endpoint: EndpointSlot) -> Self {
         let (mut addresses, mut ports) = (Change::default(), Change::default());
         addresses.replace(&key.source.bytes(), &to.source.bytes());
         addresses.replace(&key.destination.bytes(), &to.destination.bytes());
@@ -69,9 +76,16 @@ impl Flow {
             destination_port: to.destination_port.to_be_bytes(),
             address_change: in_memory(addresses),
             port_change: in_memory(ports),
-            traffic,
-            to_us: u32::from(to_us),
+            traffic: 0,
+            direction: 0,
+            endpoint: endpoint.0,
+            to_us: 1,
         }
+    }
+
+    /// The same, carried and counted here.
+    pub(super) fn carried(self, traffic: u32, direction: Direction) -> Self {
+        Self { traffic, direction: (direction.index() * DIRECTION) as u32, to_us: 0, ..self }
     }
 }
 
@@ -87,26 +101,55 @@ pub(super) struct Way {
     pub(super) gap: u32,
 }
 
-/// What was seen of one direction of a flow since it was last looked at.
+/// What was seen of one direction of a flow.
 #[derive(Default)]
 #[repr(C)]
-pub(crate) struct Traffic {
+pub(super) struct Traffic {
+    /// Since it was last asked for.
     pub(super) bytes: AtomicU64,
-    pub(super) packets: AtomicU64,
-    /// Nanoseconds of the monotonic clock.
+    /// When, in nanoseconds of the monotonic clock; 0: nothing yet. Until then an endpoint has not accepted the connection.
     pub(super) seen_ns: AtomicU64,
+    /// Since it was last asked for.
+    pub(super) packets: AtomicU32,
     /// The last acknowledgement number, in network order.
     pub(super) acknowledged: AtomicU32,
-    gap: AtomicU32,
+    /// A FIN was among them: 1.
+    pub(super) fin: AtomicU32,
+    /// Of requests only: directions with a FIN.
+    pub(super) fins: AtomicU32,
+}
+
+/// Bytes of it.
+pub(super) const DIRECTION: usize = size_of::<Traffic>();
+const _: () = assert!(DIRECTION.is_power_of_two());
+
+/// What was seen of a flow.
+#[derive(Default)]
+#[repr(C)]
+pub(crate) struct FlowTraffic {
+    pub(super) directions: [Traffic; 2],
+    /// Whose it is: number of the life in the upper half, of the record in the lower.
+    pub(super) owner: AtomicU64,
+}
+
+/// What was seen of an endpoint's connections.
+#[derive(Default)]
+#[repr(C)]
+pub(crate) struct Carried {
+    /// Connections of which both ends were seen to close, and which are still counted as active.
+    pub(crate) finished: AtomicU32,
+    /// Connections that it accepted since this was last asked for.
+    pub(crate) answered: AtomicU32,
 }
 
 /// The maps.
 pub(super) struct Maps {
     pub(super) flows: Map<Key, Flow>,
     pub(super) ways: Map<[u8; 16], Way>,
-    traffic_map: Map<u32, Traffic>,
-    /// Two for each flow: of its requests, and of its replies.
-    pub(super) traffic: Region<Traffic>,
+    traffic_map: Map<u32, FlowTraffic>,
+    endpoints_map: Map<u32, Carried>,
+    pub(super) traffic: Region<FlowTraffic>,
+    pub(super) endpoints: Arc<Region<Carried>>,
 }
 
 /// The maps as a program names them.
@@ -114,17 +157,24 @@ pub(super) struct Descriptors {
     pub(super) flows: i32,
     pub(super) ways: i32,
     pub(super) traffic: i32,
+    pub(super) endpoints: i32,
 }
+
+/// What the map is called that says what was seen of flows.
+pub(super) const TRAFFIC: &str = "sluice_traffic";
 
 impl Maps {
     /// For so many flows.
     pub(super) fn new(flows: u32) -> io::Result<Self> {
-        let traffic_map = Map::new(MapKind::Array, 2 * flows, "sluice_traffic")?;
+        let traffic_map = Map::new(MapKind::Array, flows, TRAFFIC)?;
+        let endpoints_map = Map::new(MapKind::Array, Slots::CAPACITY, "sluice_endpoint")?;
         Ok(Self {
             flows: Map::new(MapKind::Hash, 2 * flows, "sluice_flows")?,
             ways: Map::new(MapKind::Hash, WAYS, "sluice_ways")?,
-            traffic: Region::of_kernel(traffic_map.descriptor(), 2 * flows as usize)?,
+            traffic: Region::of_kernel(traffic_map.descriptor(), flows as usize)?,
+            endpoints: Arc::new(Region::of_kernel(endpoints_map.descriptor(), Slots::CAPACITY as usize)?),
             traffic_map,
+            endpoints_map,
         })
     }
 
@@ -133,8 +183,21 @@ impl Maps {
             flows: self.flows.descriptor().as_raw_fd(),
             ways: self.ways.descriptor().as_raw_fd(),
             traffic: self.traffic_map.descriptor().as_raw_fd(),
+            endpoints: self.endpoints_map.descriptor().as_raw_fd(),
         }
     }
+}
+
+/// What an earlier program of ours saw of flows.
+pub(super) fn traffic_of(program: &OwnedFd) -> io::Result<Region<FlowTraffic>> {
+    for number in bpf::maps_of(program)? {
+        let map = bpf::map(number)?;
+        let (name, value_size, entries) = bpf::map_info(&map)?;
+        if name == TRAFFIC && value_size as usize == size_of::<FlowTraffic>() {
+            return Region::of_kernel(&map, entries as usize);
+        }
+    }
+    Err(io::Error::new(io::ErrorKind::NotFound, "it has no such map"))
 }
 
 /// An address as maps have it.

@@ -1,9 +1,10 @@
-//! The kernel's short cut: a program at the ingress of links carries the plain TCP segments of flows that were decided about here,
-//! so that they cost no system call and no wake-up. "Userspace decides, the kernel forwards": what begins and ends a connection
+//! The kernel's short cut: a program at the ingress of links carries the TCP segments of flows that were decided about here, so that
+//! they cost no system call and no wake-up. "Userspace decides, the kernel forwards": what begins a connection or breaks it off
 //! still comes to the packet threads, and so does everything that the program does not know a way for.
 //!
 //! A flow is *held* while the program brings us all its replies, and *carried* while it sends its segments on. It stays attached
-//! when this process dies: then it goes on with what it knows until the next process puts its own program in its place.
+//! when this process dies: then it goes on with what it knows until the next process puts its own program in its place, and
+//! reads what the last one saw.
 
 mod maps;
 mod program;
@@ -12,18 +13,20 @@ use std::collections::{BTreeSet, HashSet};
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::bpf::{self, ProgramKind};
-use crate::flow::{Address, FlowFields, Source};
-use crate::net::{Direction, Protocol};
+use crate::flow::{Address, FlowFields};
+use crate::memory::Region;
+use crate::net::Direction;
 use crate::packet_path::Way;
-pub(crate) use maps::Traffic;
+use crate::table::EndpointSlot;
+pub(crate) use maps::{Carried, FlowTraffic};
 use maps::{Flow, HARDWARE, Key, Maps};
 
-/// Flows that may be carried: those with the lowest record numbers, which are used first.
-pub const MOST_FLOWS: usize = 1 << 18;
+/// Most flows that are carried at a time; all others take the packet threads' way.
+const MOST_FLOWS: usize = 1 << 18;
 /// What our program is called.
 const NAME: &str = "sluice_offload";
 
@@ -39,37 +42,62 @@ pub(crate) enum Level {
     Carried,
 }
 
-/// What was seen of one direction of a flow since it was last asked for.
+/// What was seen of one direction of a flow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Seen {
+    /// Since it was last asked for.
     pub(crate) bytes: u64,
-    pub(crate) packets: u64,
-    /// Milliseconds of the monotonic clock; 0 = nothing was seen.
+    pub(crate) packets: u32,
+    /// Milliseconds of the monotonic clock.
     pub(crate) last_ms: u64,
-    /// The last acknowledgement number; 0 = nothing was seen.
+    /// The last acknowledgement number; 0: none.
     pub(crate) acknowledged: u32,
 }
+
+/// How far a connection was seen to have come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Course {
+    /// Both ends have sent what opens it.
+    pub(crate) is_open: bool,
+    /// Which directions have seen a FIN.
+    pub(crate) fin: [bool; 2],
+}
+
+/// What is in [`Offload::places`] of a flow that is not carried; the others have two and more, and that much less is their place.
+const NONE: u32 = 0;
+const HELD: u32 = 1;
+const CARRIED: u32 = 2;
 
 /// The program and its maps.
 pub struct Offload {
     maps: Maps,
     program: OwnedFd,
     number: u32,
-    levels: Box<[AtomicU8]>,
+    /// By record number: how far the flow is the program's, and where it is counted.
+    places: Region<AtomicU32>,
+    free: Mutex<Free>,
     /// Addresses whose ways it knows.
     ways: Mutex<HashSet<IpAddr>>,
     /// Links that it is attached to.
     links: Mutex<BTreeSet<u32>>,
-    carried: AtomicU64,
+    /// What the last process' program saw, once ours is in its place.
+    inherited: Mutex<Option<Arc<Region<FlowTraffic>>>>,
     packets: AtomicU64,
+}
+
+/// Places that no flow has.
+#[derive(Default)]
+struct Free {
+    places: Vec<u32>,
+    /// Places ever used.
+    used: u32,
 }
 
 impl Offload {
     /// Loads the program; it is attached nowhere yet. `tun`: number of the link of the packet threads; `flow_capacity`: most
     /// flows. Fails with `PermissionDenied` without `CAP_BPF` and `CAP_NET_ADMIN`.
     pub fn new(tun: u32, flow_capacity: usize) -> io::Result<Self> {
-        let flows = flow_capacity.clamp(1, MOST_FLOWS);
-        let maps = Maps::new(flows as u32)?;
+        let maps = Maps::new(flow_capacity.clamp(1, MOST_FLOWS) as u32)?;
         let code = program::program(&maps.descriptors(), tun);
         let program = bpf::load(ProgramKind::Classifier, &code, NAME)?;
         let (number, _) = bpf::identity(&program)?;
@@ -77,10 +105,11 @@ impl Offload {
             maps,
             program,
             number,
-            levels: (0..flows).map(|_| AtomicU8::new(Level::None as u8)).collect(),
+            places: Region::heap(flow_capacity.max(1)),
+            free: Mutex::default(),
             ways: Mutex::default(),
             links: Mutex::default(),
-            carried: AtomicU64::new(0),
+            inherited: Mutex::default(),
             packets: AtomicU64::new(0),
         })
     }
@@ -89,13 +118,16 @@ impl Offload {
     /// it was missing where it had been. Kernels before 6.6 refuse with `InvalidInput`.
     pub fn follow(&self, links: &BTreeSet<u32>) -> io::Result<bool> {
         let mut attached = BTreeSet::new();
-        let mut was_missing = false;
+        let (mut was_missing, mut before) = (false, None);
         let result = links.iter().try_for_each(|link| {
             let there = bpf::attached(*link)?;
             if !there.contains(&self.number) {
                 was_missing |= lock(&self.links).contains(link);
                 match ours(&there) {
-                    Some(other) => bpf::replace(*link, &self.program, &other)?,
+                    Some(other) => {
+                        bpf::replace(*link, &self.program, &other)?;
+                        before = Some(other);
+                    }
                     None => bpf::attach(*link, &self.program)?,
                 }
             }
@@ -103,6 +135,12 @@ impl Offload {
             Ok(())
         });
         *lock(&self.links) = attached;
+        if let Some(before) = before {
+            match maps::traffic_of(&before) {
+                Ok(traffic) => *lock(&self.inherited) = Some(Arc::new(traffic)),
+                Err(error) => tracing::warn!(%error, "what the last process' program saw of connections is not known"),
+            }
+        }
         result.map(|()| was_missing)
     }
 
@@ -115,7 +153,18 @@ impl Offload {
 
     /// Packets that the program sent on so far, as far as they were counted, and flows that it carries.
     pub fn totals(&self) -> (u64, u64) {
-        (self.packets.load(Relaxed), self.carried.load(Relaxed))
+        let free = lock(&self.free);
+        (self.packets.load(Relaxed), u64::from(free.used) - free.places.len() as u64)
+    }
+
+    /// What was seen of endpoints' connections.
+    pub(crate) fn endpoints(&self) -> Arc<Region<Carried>> {
+        Arc::clone(&self.maps.endpoints)
+    }
+
+    /// What the last process' program saw of flows, once: [`Offload::owner`] says whose each is.
+    pub(crate) fn take_inherited(&self) -> Option<Arc<Region<FlowTraffic>>> {
+        lock(&self.inherited).take()
     }
 
     /// Whether the program sees what comes in by this link.
@@ -163,121 +212,176 @@ impl Offload {
 
     /// How far a flow is the program's.
     pub(crate) fn level(&self, record: u32) -> Level {
-        match self.levels.get(record as usize).map(|level| level.load(Relaxed)) {
-            Some(1) => Level::Held,
-            Some(2) => Level::Carried,
-            _ => Level::None,
+        match self.places[record as usize].load(Relaxed) {
+            NONE => Level::None,
+            HELD => Level::Held,
+            _ => Level::Carried,
         }
     }
 
-    /// Has the program bring us the replies of a TCP flow, or carry it. Only for the holder of the flow table's lock. Returns whether
-    /// it does.
-    pub(crate) fn begin(&self, record: u32, fields: &FlowFields, masquerade: &[Address], level: Level) -> bool {
-        let before = self.level(record);
-        if record as usize >= self.levels.len() || fields.request.protocol != Protocol::Tcp || before >= level {
-            return before >= level;
+    /// What is seen of a flow, while it is carried.
+    pub(crate) fn traffic(&self, record: u32) -> Option<&FlowTraffic> {
+        let place = self.places[record as usize].load(Relaxed).checked_sub(CARRIED)?;
+        Some(&self.maps.traffic[place as usize])
+    }
+
+    /// Has the program bring us the replies of a TCP flow. Only for the holder of the flow table's lock. Returns whether it does.
+    pub(crate) fn hold(&self, record: u32, fields: &FlowFields, masquerade: &[Address]) -> bool {
+        if let Err(error) = self.put(fields, masquerade, Direction::Reply, None) {
+            tracing::debug!(%error, "the kernel does not bring us the replies of a flow");
+            return false;
         }
-        for direction in [Direction::Request, Direction::Reply] {
-            let _ = self.take(record, direction);
-            self.traffic(record, direction).acknowledged.store(0, Relaxed);
-        }
-        let is_carried = level == Level::Carried;
+        self.set_place(record, HELD);
+        true
+    }
+
+    /// Has the program carry a TCP flow of this life; `is_answered`: its endpoint has accepted it. Only for the holder of the flow
+    /// table's lock. Returns whether it does.
+    pub(crate) fn carry(
+        &self,
+        (record, life): (u32, u32),
+        fields: &FlowFields,
+        masquerade: &[Address],
+        is_answered: bool,
+    ) -> bool {
+        let Some(place) = self.take_place() else { return false };
+        self.maps.traffic[place as usize].begin(record, life, is_answered);
         // Replies first: none may pass by when requests do.
-        let done = self.put(record, fields, masquerade, Direction::Reply, !is_carried).and_then(|()| {
-            if is_carried { self.put(record, fields, masquerade, Direction::Request, false) } else { Ok(()) }
-        });
-        match done {
-            Ok(()) => {
-                self.carried.fetch_add(u64::from(is_carried), Relaxed);
-                self.set_level(record, level);
-                true
-            }
-            Err(error) => {
-                tracing::debug!(%error, "a flow is not carried by the kernel");
-                self.set_level(record, level);
-                self.end(record, fields, masquerade);
-                false
-            }
+        let done = [Direction::Reply, Direction::Request]
+            .into_iter()
+            .try_for_each(|direction| self.put(fields, masquerade, direction, Some(place)));
+        self.set_place(record, place + CARRIED);
+        if let Err(error) = &done {
+            tracing::debug!(%error, "a flow is not carried by the kernel");
+            self.remove(fields, masquerade);
+            self.release(record, fields.endpoint_slot);
         }
+        done.is_ok()
     }
 
-    /// Has all packets of a flow come to us: it is over but for the last of them. Only for the holder of the flow table's lock.
-    pub(crate) fn stop(&self, record: u32, fields: &FlowFields, masquerade: &[Address]) {
-        if self.level(record) != Level::Carried {
-            return;
-        }
-        if fields.source != Source::Preserved {
-            return self.end(record, fields, masquerade);
-        }
-        // Nothing but the program tells those replies from others.
-        self.remove(fields, masquerade, Direction::Request);
-        if self.put(record, fields, masquerade, Direction::Reply, true).is_err() {
-            return self.end(record, fields, masquerade);
-        }
-        self.carried.fetch_sub(1, Relaxed);
-        self.set_level(record, Level::Held);
+    /// Has the replies of a flow that was carried come to us. Only for the holder of the flow table's lock, who then
+    /// calls [`Offload::release`].
+    pub(crate) fn divert(&self, fields: &FlowFields, masquerade: &[Address]) -> bool {
+        self.remove_one(fields, masquerade, Direction::Request);
+        self.put(fields, masquerade, Direction::Reply, None).is_ok()
     }
 
-    /// Has the program forget a flow. Only for the holder of the flow table's lock.
-    pub(crate) fn end(&self, record: u32, fields: &FlowFields, masquerade: &[Address]) {
-        let level = self.level(record);
-        if level == Level::None {
-            return;
-        }
+    /// Has the program forget a flow. Only for the holder of the flow table's lock, who then calls [`Offload::release`].
+    pub(crate) fn remove(&self, fields: &FlowFields, masquerade: &[Address]) {
         for direction in [Direction::Request, Direction::Reply] {
-            self.remove(fields, masquerade, direction);
-        }
-        self.carried.fetch_sub(u64::from(level == Level::Carried), Relaxed);
-        self.set_level(record, Level::None);
-    }
-
-    /// Whether a segment of this direction was sent on since the last [`Offload::take`].
-    pub(crate) fn has_seen(&self, record: u32, direction: Direction) -> bool {
-        self.traffic(record, direction).packets.load(Relaxed) != 0
-    }
-
-    /// What was seen of a direction since this was last asked for.
-    pub(crate) fn take(&self, record: u32, direction: Direction) -> Seen {
-        let traffic = self.traffic(record, direction);
-        let packets = traffic.packets.swap(0, Relaxed);
-        if packets == 0 {
-            return Seen::default();
-        }
-        self.packets.fetch_add(packets, Relaxed);
-        Seen {
-            bytes: traffic.bytes.swap(0, Relaxed),
-            packets,
-            last_ms: traffic.seen_ns.load(Relaxed) / 1_000_000,
-            acknowledged: u32::from_be(traffic.acknowledged.load(Relaxed)),
+            self.remove_one(fields, masquerade, direction);
         }
     }
 
-    fn traffic(&self, record: u32, direction: Direction) -> &Traffic {
-        &self.maps.traffic[2 * record as usize + direction.index()]
+    /// The flow is not the program's any more. Only for the holder of the flow table's lock.
+    pub(crate) fn release(&self, record: u32, endpoint: EndpointSlot) {
+        if let Some(traffic) = self.traffic(record) {
+            self.account(traffic, endpoint);
+            traffic.owner.store(0, Relaxed);
+        }
+        if let Some(place) = self.places[record as usize].swap(NONE, Relaxed).checked_sub(CARRIED) {
+            lock(&self.free).places.push(place);
+        }
     }
 
-    fn set_level(&self, record: u32, level: Level) {
-        self.levels[record as usize].store(level as u8, Relaxed);
+    /// A flow that was released goes on being held.
+    pub(crate) fn set_held(&self, record: u32) {
+        self.set_place(record, HELD);
     }
 
+    /// The flow's end, if the program has seen it, is known: it is not to be taken off the endpoint's active ones any more.
+    pub(crate) fn account(&self, traffic: &FlowTraffic, endpoint: EndpointSlot) {
+        if traffic.directions[0].fins.compare_exchange(2, 0, Relaxed, Relaxed).is_ok() {
+            self.maps.endpoints[endpoint.0 as usize].finished.fetch_sub(1, Relaxed);
+        }
+    }
+
+    /// Adds to the packets that were counted.
+    pub(crate) fn add(&self, packets: u32) {
+        self.packets.fetch_add(u64::from(packets), Relaxed);
+    }
+
+    /// The flows that were seen to have closed: number of the record, and of its life.
+    pub(crate) fn finished(&self) -> impl Iterator<Item = (u32, u32)> {
+        let used = lock(&self.free).used as usize;
+        let finished = |traffic: &&FlowTraffic| traffic.directions[0].fins.load(Relaxed) == 2;
+        self.maps.traffic[..used].iter().filter(finished).filter_map(FlowTraffic::owner)
+    }
+
+    fn take_place(&self) -> Option<u32> {
+        let mut free = lock(&self.free);
+        free.places.pop().or_else(|| {
+            let place = free.used;
+            let is_there = (place as usize) < self.maps.traffic.len();
+            free.used += u32::from(is_there);
+            is_there.then_some(place)
+        })
+    }
+
+    fn set_place(&self, record: u32, place: u32) {
+        self.places[record as usize].store(place, Relaxed);
+    }
+
+    /// Tells the program what becomes of a direction's packets: they are counted at the place, or come to us.
     fn put(
         &self,
-        record: u32,
         fields: &FlowFields,
         masquerade: &[Address],
         direction: Direction,
-        to_us: bool,
+        place: Option<u32>,
     ) -> io::Result<()> {
         let key = fields.key(direction, masquerade);
-        let traffic = 2 * record + direction.index() as u32;
-        let flow = Flow::new(&key, &fields.translation(direction, masquerade), traffic, to_us);
+        let flow = Flow::new(&key, &fields.translation(direction, masquerade), fields.endpoint_slot);
+        let flow = place.map_or(flow, |place| flow.carried(place, direction));
         self.maps.flows.put(&Key::from(&key), &flow)
     }
 
-    fn remove(&self, fields: &FlowFields, masquerade: &[Address], direction: Direction) {
+    fn remove_one(&self, fields: &FlowFields, masquerade: &[Address], direction: Direction) {
         if let Err(error) = self.maps.flows.remove(&Key::from(&fields.key(direction, masquerade))) {
             tracing::error!(%error, "the kernel keeps a flow that is over");
         }
+    }
+}
+
+impl FlowTraffic {
+    fn begin(&self, record: u32, life: u32, is_answered: bool) {
+        self.owner.store(u64::from(life) << 32 | u64::from(record), Relaxed);
+        for traffic in &self.directions {
+            traffic.bytes.store(0, Relaxed);
+            traffic.seen_ns.store(0, Relaxed);
+            for word in [&traffic.packets, &traffic.acknowledged, &traffic.fin, &traffic.fins] {
+                word.store(0, Relaxed);
+            }
+        }
+        self.directions[Direction::Reply.index()].seen_ns.store(u64::from(is_answered), Relaxed);
+    }
+
+    /// Whose it is: number of the record, and of its life.
+    pub(crate) fn owner(&self) -> Option<(u32, u32)> {
+        let owner = self.owner.load(Relaxed);
+        (owner != 0).then_some((owner as u32, (owner >> 32) as u32))
+    }
+
+    /// How far the connection has come.
+    pub(crate) fn course(&self) -> Course {
+        let [request, reply] = &self.directions;
+        let is_open = request.packets.load(Relaxed) != 0 && reply.seen_ns.load(Relaxed) != 0;
+        Course { is_open, fin: [request, reply].map(|traffic| traffic.fin.load(Relaxed) != 0) }
+    }
+
+    /// What was seen of a direction since this was last asked for, if anything.
+    pub(crate) fn take(&self, direction: Direction) -> Option<Seen> {
+        let traffic = &self.directions[direction.index()];
+        // Mostly there is nothing, and then nothing is written.
+        if traffic.packets.load(Relaxed) == 0 {
+            return None;
+        }
+        Some(Seen {
+            packets: traffic.packets.swap(0, Relaxed),
+            bytes: traffic.bytes.swap(0, Relaxed),
+            last_ms: traffic.seen_ns.load(Relaxed) / 1_000_000,
+            acknowledged: u32::from_be(traffic.acknowledged.load(Relaxed)),
+        })
     }
 }
 

@@ -1,12 +1,12 @@
 //! The program that runs where packets come in. A TCP segment of a flow that it knows is rewritten and sent on the link that it
-//! leaves by; what begins or ends a connection, and whatever is not quite plain, is sent into the TUN link, as all packets of
-//! these flows are that have no way. Packets of others go on as if the program were not there.
+//! leaves by. What begins a connection or breaks it off, and whatever is not quite plain, is sent into the TUN link, as all packets
+//! of these flows are that have no way. Packets of others go on as if the program were not there.
 
 use std::mem::offset_of;
 
-use super::maps::{Descriptors, Flow, Key, Traffic, Way};
+use super::maps::{Carried, DIRECTION, Descriptors, Flow, Key, Traffic, Way};
 use crate::bpf::assembler::{
-    Assembler, If, Instruction, Label, Op, R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, STACK, Size,
+    Assembler, Atomic, If, Instruction, Label, Op, R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, STACK, Size,
 };
 use crate::net::Family;
 use crate::packet_path::ETHERNET;
@@ -35,7 +35,10 @@ const DISCARD: i32 = 2;
 const FOR_THIS_HOST: i32 = 0;
 
 const TCP: i32 = 6;
-const FIN_SYN_RST: i32 = 0b111;
+const FIN: i32 = 1 << 0;
+const SYN: i32 = 1 << 1;
+const RST: i32 = 1 << 2;
+const ACK: i32 = 1 << 4;
 /// Hops a packet: one onto our link, one off it, as when we carry it.
 const HOPS: i32 = 2;
 /// What two hops less do to the checksum of an IPv4 header, whose words here are as they lie in memory (RFC 1624 §3).
@@ -45,6 +48,11 @@ const HOPS_CHECKSUM: i32 = 0xffff - u16::from_ne_bytes([HOPS as u8, 0]) as i32;
 const KEY: i16 = -(size_of::<Key>().next_multiple_of(8) as i16);
 const INDEX: i16 = KEY - 4;
 const ACKNOWLEDGED: i16 = KEY - 8;
+/// Flags of the segment.
+const FLAGS: i16 = KEY - 16;
+/// What was seen of the flow, and of this direction of it.
+const TRAFFIC: i16 = KEY - 24;
+const SEEN: i16 = KEY - 32;
 
 /// A header as far as it is looked at.
 struct Headers {
@@ -140,11 +148,8 @@ impl Writer<'_> {
         let code = &mut self.code;
         code.load(Size::Byte, R9, R2, tcp_at + 13);
         self.flow(go_on);
+        self.may_be_carried(to_us);
         let code = &mut self.code;
-        code.op(Op::And, R9, FIN_SYN_RST);
-        code.jump_if(R9, If::NotEqual, 0, to_us);
-        code.load(Size::Word, R1, R7, offset_of!(Flow, to_us) as i16);
-        code.jump_if(R1, If::NotEqual, 0, to_us);
         // The way, while it is known.
         code.op(Op::Move, R2, R7);
         code.op(Op::Add, R2, offset_of!(Flow, destination) as i32);
@@ -178,8 +183,8 @@ impl Writer<'_> {
         code.jump_if(R1, If::Above, R4, to_us);
         code.load(Size::Word, R1, R2, tcp_at + 8);
         code.store(Size::Word, STACK, ACKNOWLEDGED, R1);
-        self.count(to_us);
         self.checksum(headers, to_us);
+        self.count();
         self.rewrite(headers, discard);
         let code = &mut self.code;
         code.load(Size::Word, R1, R8, offset_of!(Way, link) as i16);
@@ -188,6 +193,42 @@ impl Writer<'_> {
         code.exit();
         self.code.at(icmp);
         self.error(headers);
+    }
+
+    /// Looks up what was seen of the flow. A RST comes to us, and so do a client's SYN, and what an endpoint says before it has
+    /// accepted the connection. R9: flags of the segment.
+    fn may_be_carried(&mut self, to_us: Label) {
+        let code = &mut self.code;
+        let (is_syn, is_answered) = (code.label(), code.label());
+        code.load(Size::Word, R1, R7, offset_of!(Flow, to_us) as i16);
+        code.jump_if(R1, If::NotEqual, 0, to_us);
+        code.store(Size::Double, STACK, FLAGS, R9);
+        code.load(Size::Word, R1, R7, offset_of!(Flow, traffic) as i16);
+        code.store(Size::Word, STACK, INDEX, R1);
+        code.op(Op::Move, R2, STACK);
+        code.op(Op::Add, R2, i32::from(INDEX));
+        code.map(R1, self.maps.traffic);
+        code.call(MAP_LOOKUP);
+        code.jump_if(R0, If::Equal, 0, to_us);
+        code.store(Size::Double, STACK, TRAFFIC, R0);
+        code.load(Size::Word, R3, R7, offset_of!(Flow, direction) as i16);
+        code.op(Op::And, R3, DIRECTION as i32);
+        code.op(Op::Add, R0, R3);
+        code.store(Size::Double, STACK, SEEN, R0);
+        code.op(Op::Move, R1, R9);
+        code.op(Op::And, R1, RST);
+        code.jump_if(R1, If::NotEqual, 0, to_us);
+        code.op(Op::And, R9, SYN | ACK);
+        code.jump_if(R9, If::Equal, SYN | ACK, is_syn);
+        code.op(Op::And, R9, SYN);
+        code.jump_if(R9, If::NotEqual, 0, to_us);
+        code.jump_if(R3, If::Equal, 0, is_answered);
+        code.load(Size::Double, R1, R0, offset_of!(Traffic, seen_ns) as i16);
+        code.jump_if(R1, If::Equal, 0, to_us);
+        code.jump(is_answered);
+        code.at(is_syn);
+        code.jump_if(R3, If::Equal, 0, to_us);
+        code.at(is_answered);
     }
 
     /// An ICMP error about a packet of a flow is ours to translate. R2: the packet's data.
@@ -270,24 +311,52 @@ impl Writer<'_> {
         code.op(Op::Move, R7, R0);
     }
 
-    /// Notes the packet. R9: the time.
-    fn count(&mut self, otherwise: Label) {
+    /// Notes the packet, and what it says of the connection. R9: the time.
+    fn count(&mut self) {
         let code = &mut self.code;
-        code.load(Size::Word, R1, R7, offset_of!(Flow, traffic) as i16);
-        code.store(Size::Word, STACK, INDEX, R1);
-        code.op(Op::Move, R2, STACK);
-        code.op(Op::Add, R2, i32::from(INDEX));
-        code.map(R1, self.maps.traffic);
-        code.call(MAP_LOOKUP);
-        code.jump_if(R0, If::Equal, 0, otherwise);
+        let (is_no_fin, end) = (code.label(), code.label());
+        code.load(Size::Double, R0, STACK, SEEN);
         code.load(Size::Word, R1, R6, LENGTH);
         code.op(Op::Sub, R1, i32::from(IP_AT));
-        code.add_to(R0, offset_of!(Traffic, bytes) as i16, R1);
+        code.atomic(Atomic::Add, Size::Double, R0, offset_of!(Traffic, bytes) as i16, R1);
         code.op(Op::Move, R1, 1);
-        code.add_to(R0, offset_of!(Traffic, packets) as i16, R1);
+        code.atomic(Atomic::Add, Size::Word, R0, offset_of!(Traffic, packets) as i16, R1);
         code.store(Size::Double, R0, offset_of!(Traffic, seen_ns) as i16, R9);
         code.load(Size::Word, R1, STACK, ACKNOWLEDGED);
         code.store(Size::Word, R0, offset_of!(Traffic, acknowledged) as i16, R1);
+        code.load(Size::Double, R2, STACK, FLAGS);
+        code.op(Op::Move, R1, R2);
+        code.op(Op::And, R1, FIN);
+        code.jump_if(R1, If::Equal, 0, is_no_fin);
+        // The first FIN of this direction, and the second of the connection?
+        code.atomic(Atomic::Exchange, Size::Word, R0, offset_of!(Traffic, fin) as i16, R1);
+        code.jump_if(R1, If::NotEqual, 0, end);
+        code.load(Size::Double, R0, STACK, TRAFFIC);
+        code.op(Op::Move, R1, 1);
+        code.atomic(Atomic::FetchAdd, Size::Word, R0, offset_of!(Traffic, fins) as i16, R1);
+        code.jump_if(R1, If::NotEqual, 1, end);
+        self.add_to_endpoint(offset_of!(Carried, finished), end);
+        let code = &mut self.code;
+        code.jump(end);
+        code.at(is_no_fin);
+        code.op(Op::And, R2, SYN);
+        code.jump_if(R2, If::Equal, 0, end);
+        self.add_to_endpoint(offset_of!(Carried, answered), end);
+        self.code.at(end);
+    }
+
+    /// Adds one to a count of the endpoint's.
+    fn add_to_endpoint(&mut self, count: usize, otherwise: Label) {
+        let code = &mut self.code;
+        code.load(Size::Word, R1, R7, offset_of!(Flow, endpoint) as i16);
+        code.store(Size::Word, STACK, INDEX, R1);
+        code.op(Op::Move, R2, STACK);
+        code.op(Op::Add, R2, i32::from(INDEX));
+        code.map(R1, self.maps.endpoints);
+        code.call(MAP_LOOKUP);
+        code.jump_if(R0, If::Equal, 0, otherwise);
+        code.op(Op::Move, R1, 1);
+        code.atomic(Atomic::Add, Size::Word, R0, count as i16, R1);
     }
 
     /// Changes the TCP checksum as addresses and ports are about to change. Of a partial one only the addresses are a part.

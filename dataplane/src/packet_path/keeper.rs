@@ -97,6 +97,7 @@ impl Keeper {
             self.shared.flows.sweep(now_ms, step);
             left -= step;
         }
+        self.shared.flows.look_at_offloaded();
         self.shared.affinity.sweep(now_ms);
     }
 }

@@ -110,6 +110,9 @@ impl Shared {
         let directory = Directory::new(store.endpoints, store.uids, store.ports, header());
         // The keeper counts too, and what the kernel carried is counted apart.
         let slots = Arc::new(Slots::over(settings.workers + 2, directory));
+        if let Some(offload) = &settings.offload {
+            slots.carry_with(offload.endpoints());
+        }
         let affinity = Affinity::over(store.affinities, header());
         let flows = FlowTable::new(store.records, header(), addresses, Arc::clone(&slots), masquerade);
         let (flows, (found, dropped)) = flows;

@@ -153,26 +153,23 @@ impl Worker {
         Ok(Action::Send)
     }
 
-    /// Hands to the kernel what it can carry of a connection. Its program brings us the replies of those that keep the client's
-    /// address from the first packet on; it carries those that the endpoint has accepted.
+    /// Has the kernel carry what it can of a connection: from its first packet on, or as soon as the ways to both ends are known.
     fn offload(&self, hit: &Hit, tcp: &Tcp, now_ms: u64) {
         let (flows, settings) = (&self.shared.flows, &self.shared.settings);
         let Some((ways, offload)) = settings.ways.as_ref().zip(settings.offload.as_ref()) else { return };
-        let fields = hit.fields();
-        let level = match (hit.state(), hit.direction) {
-            (State::Opening, Direction::Request) if tcp.syn && !tcp.ack && fields.source == Source::Preserved => {
-                Level::Held
-            }
-            (State::Opening, Direction::Reply) if tcp.syn && tcp.ack => Level::Carried,
-            (State::Established, _) if !tcp.syn && !tcp.fin && !tcp.rst => Level::Carried,
+        let is_answered = match (hit.state(), hit.direction) {
+            (State::Opening, Direction::Request) if tcp.syn && !tcp.ack => false,
+            (State::Opening, Direction::Reply) if tcp.syn && tcp.ack => true,
+            (State::Established, _) if !tcp.syn && !tcp.fin && !tcp.rst => true,
             _ => return,
         };
-        if flows.offloaded(hit) < level
+        let fields = hit.fields();
+        if flows.offloaded(hit) != Level::Carried
             && let Some(to_endpoint) = ways.find(fields.endpoint, now_ms)
             && ways.find(fields.request.source, now_ms).is_some()
             && offload.is_at(to_endpoint.link)
         {
-            flows.offload(hit, level);
+            flows.carry(hit, is_answered);
         }
     }
 

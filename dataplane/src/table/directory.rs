@@ -312,7 +312,7 @@ impl Slots {
             let _ = entry.drains_since.compare_exchange(0, now_ms, Relaxed, Relaxed);
             let life = life.tick(now_ms);
             self.become_now(&mut watch, slot, life);
-            let flows = entry.active.load(Relaxed);
+            let flows = self.active(slot);
             if flows == 0 && !told {
                 let after = now_ms.saturating_sub(entry.drains_since.load(Relaxed));
                 watch.tell(slot, LifeChange::Drained { after: Duration::from_millis(after) }, 0);
@@ -337,6 +337,7 @@ impl Slots {
         }
         entry.failures.store(0, Relaxed);
         entry.ejections.store(0, Relaxed);
+        self.has_answered(slot);
         self.clear_cells(slot);
     }
 
@@ -353,13 +354,13 @@ impl Slots {
             entry.drains_since.store(0, Relaxed);
         }
         if leaves && !listed {
-            watch.leaving.insert(slot, entry.active.load(Relaxed) == 0);
+            watch.leaving.insert(slot, self.active(slot) == 0);
         } else if !leaves {
             watch.leaving.remove(&slot);
         }
         // That the clock was read is no news.
         if before.map(|before| before.name()) != Some(life.name()) {
-            watch.tell(slot, LifeChange::Became(life), entry.active.load(Relaxed));
+            watch.tell(slot, LifeChange::Became(life), self.active(slot));
         }
     }
 

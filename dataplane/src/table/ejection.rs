@@ -42,6 +42,9 @@ impl Slots {
 
     /// An open failed. The endpoint is ejected when it was the `limit`-th in a row; with 0 never.
     pub(crate) fn open_failed(&self, slot: EndpointSlot, limit: u16, now_ms: u64) {
+        if self.has_answered(slot) {
+            self.open_succeeded(slot);
+        }
         let entry = self.entry(slot);
         if limit == 0 || self.is_ejected(slot, now_ms) || entry.failures.fetch_add(1, Relaxed) + 1 < limit {
             return;
@@ -52,6 +55,11 @@ impl Slots {
         let interval = interval(ejections);
         entry.ejected_until.store(now_ms + interval.as_millis() as u64, Relaxed);
         self.tell(slot, LifeChange::Ejected { interval });
+    }
+
+    /// Whether the kernel saw the endpoint accept a connection since this was last asked.
+    pub(super) fn has_answered(&self, slot: EndpointSlot) -> bool {
+        self.carried(slot).is_some_and(|carried| carried.answered.swap(0, Relaxed) != 0)
     }
 
     /// An open succeeded: what failed before is forgotten.

@@ -4,11 +4,12 @@
 //! first flow on, a page of them at a time. Live-flow counts, which selection reads, are shared but change only when a flow
 //! opens or closes.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 
 use crate::memory::Region;
 use crate::net::Direction;
+use crate::offload::Carried;
 use crate::table::FrontendKind;
 use crate::table::directory::{Directory, Standing};
 
@@ -117,6 +118,8 @@ pub struct Slots {
     threads: Box<[ThreadSlots]>,
     /// What packets must know of their endpoints, as numbers of [`Standing`]: read by all, seldom written, 16 in a cache line.
     standings: Region<AtomicU32>,
+    /// What the kernel saw of endpoints, where it carries connections.
+    carried: OnceLock<Arc<Region<Carried>>>,
     pub(super) directory: Directory,
 }
 
@@ -136,9 +139,19 @@ impl Slots {
         let count = Self::CAPACITY as usize;
         let thread = || ThreadSlots { endpoints: Region::heap(count), ports: Region::heap(count) };
         let threads = (0..threads).map(|_| thread()).collect();
-        let slots = Self { threads, standings: Region::heap(count), directory };
+        let slots = Self { threads, standings: Region::heap(count), carried: OnceLock::new(), directory };
         slots.recover();
         slots
+    }
+
+    /// From now on the kernel carries connections, and says so here. Once only.
+    pub(crate) fn carry_with(&self, carried: Arc<Region<Carried>>) {
+        // There is one program.
+        let _ = self.carried.set(carried);
+    }
+
+    pub(super) fn carried(&self, slot: EndpointSlot) -> Option<&Carried> {
+        self.carried.get().map(|carried| &carried[slot.0 as usize])
     }
 
     /// Number of counting threads.
@@ -158,7 +171,9 @@ impl Slots {
 
     /// Flows open on the endpoint now; closing ones do not count.
     pub fn active(&self, slot: EndpointSlot) -> u32 {
-        self.entry(slot).active.load(Relaxed)
+        // It may be taken off before it is added: both are told of at the same moment.
+        let finished = self.carried(slot).map_or(0, |carried| (carried.finished.load(Relaxed) as i32).max(0) as u32);
+        self.entry(slot).active.load(Relaxed).saturating_sub(finished)
     }
 
     /// Flow records of the endpoint, those of closing flows too.
