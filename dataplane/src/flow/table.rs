@@ -202,6 +202,11 @@ impl FlowTable {
         self.evictions.load(Relaxed)
     }
 
+    /// The flow of a packet with this key, unless it cannot be seen just now: then [`Self::open`] knows. Takes no lock.
+    pub fn find_at_sight(&self, key: &FlowKey) -> Option<Hit> {
+        self.probe(key)
+    }
+
     /// The flow of a packet with this key. Takes no lock unless there is none at first sight.
     pub fn find(&self, key: &FlowKey) -> Option<Hit> {
         self.probe(key).or_else(|| {
