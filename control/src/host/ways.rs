@@ -8,7 +8,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result, bail};
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use rtnetlink::packet_core::{NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
-use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage};
+use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage};
 use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteType};
 use rtnetlink::packet_route::rule::{RuleAttribute, RuleMessage};
@@ -46,6 +46,7 @@ struct Neighbour {
 struct Ethernet {
     mac: [u8; 6],
     mtu: u32,
+    is_pair: bool,
 }
 
 /// Answers until the kernel cannot be asked any more. `links_changed` is told when links come or go.
@@ -122,7 +123,7 @@ impl Finder {
         header[6..12].copy_from_slice(&ethernet.mac);
         header[12..].copy_from_slice(&ETHER_TYPES[usize::from(address.is_ipv6())]);
         let mtu = mtu.unwrap_or(u32::MAX).min(ethernet.mtu);
-        Ok(Some((Way { link, mtu, header }, Neighbour { link, address: hop, mac })))
+        Ok(Some((Way { link, mtu, header, is_pair: ethernet.is_pair }, Neighbour { link, address: hop, mac })))
     }
 
     /// The route that the kernel takes.
@@ -249,17 +250,20 @@ fn next(route: &RouteMessage, to: IpAddr) -> Option<Next> {
 
 /// What an answer needs of a link, where it is Ethernet and not ours.
 fn ethernet(link: &LinkMessage) -> Option<Ethernet> {
-    let (mut mac, mut mtu) = (None, None);
+    let (mut mac, mut mtu, mut is_veth, mut leads_elsewhere) = (None, None, false, false);
     for attribute in &link.attributes {
         match attribute {
             LinkAttribute::IfName(name) if name == LINK => return None,
             LinkAttribute::Address(bytes) => mac = <[u8; 6]>::try_from(&bytes[..]).ok(),
             LinkAttribute::Mtu(bytes) => mtu = Some(*bytes),
+            LinkAttribute::LinkInfo(info) => is_veth = info.contains(&LinkInfo::Kind(InfoKind::Veth)),
+            LinkAttribute::LinkNetNsId(_) => leads_elsewhere = true,
             _ => {}
         }
     }
+    let is_pair = is_veth && leads_elsewhere;
     let is_ethernet = link.header.link_layer_type == LinkLayerType::Ether && link.header.flags.contains(LinkFlags::Up);
-    is_ethernet.then_some(Ethernet { mac: mac?, mtu: mtu? })
+    is_ethernet.then_some(Ethernet { mac: mac?, mtu: mtu?, is_pair })
 }
 
 /// The hardware address of a neighbour that is there, for all that the kernel knows.

@@ -98,7 +98,8 @@ pub(super) struct Way {
     pub(super) link: u32,
     pub(super) mtu: u32,
     pub(super) header: [u8; HARDWARE],
-    pub(super) gap: u32,
+    /// Packets go straight to the other end of the link: 1.
+    pub(super) to_peer: u32,
 }
 
 /// What was seen of one direction of a flow.

@@ -184,7 +184,9 @@ impl Offload {
         };
         let mut header = [0; HARDWARE];
         header.copy_from_slice(&way.header[..HARDWARE]);
-        let value = maps::Way { until_ns: until_ms * 1_000_000, link: way.link, mtu: way.mtu, header, gap: 0 };
+        let until_ns = until_ms * 1_000_000;
+        let to_peer = u32::from(way.is_pair);
+        let value = maps::Way { until_ns, link: way.link, mtu: way.mtu, header, to_peer };
         if self.maps.ways.put(&key, &value).is_ok() {
             ways.insert(address);
             return;

@@ -29,6 +29,8 @@ pub struct Way {
     pub mtu: u32,
     /// What goes before the packet.
     pub header: [u8; ETHERNET],
+    /// The link is one end of a pair (veth) whose other end is in another network namespace.
+    pub is_pair: bool,
 }
 
 /// What was said of an address. All zero: nothing yet.
@@ -38,7 +40,7 @@ struct Place {
     /// Odd while the rest is written.
     version: AtomicU64,
     address: [AtomicU64; 2],
-    /// Link in the upper half, MTU in the lower; zero: packets go the kernel's way.
+    /// Link in the upper half, whether it is a pair's in the next bit, MTU in the others; zero: packets go the kernel's way.
     link: AtomicU64,
     header: [AtomicU64; 2],
     /// When it must be asked again, in milliseconds of the monotonic clock.
@@ -48,6 +50,13 @@ struct Place {
 }
 
 const _: () = assert!(size_of::<Place>() == 64);
+
+/// The bit that says that a link is a pair's.
+const PAIR: u32 = 1 << 31;
+
+fn pair(way: &Way) -> u32 {
+    if way.is_pair { PAIR } else { 0 }
+}
 
 impl Place {
     fn is_of(&self, address: [u64; 2]) -> bool {
@@ -67,7 +76,7 @@ impl Place {
         let mut header = [0; ETHERNET];
         header[..8].copy_from_slice(&words[0].to_ne_bytes());
         header[8..].copy_from_slice(&words[1].to_ne_bytes()[..ETHERNET - 8]);
-        let way = Way { link: (link >> 32) as u32, mtu: link as u32, header };
+        let way = Way { link: (link >> 32) as u32, mtu: link as u32 & !PAIR, header, is_pair: link as u32 & PAIR != 0 };
         Some(((link != 0).then_some(way), until_ms))
     }
 
@@ -76,8 +85,9 @@ impl Place {
         let version = self.version.load(Relaxed);
         self.version.store(version + 1, Relaxed);
         fence(Release);
-        let (link, header) =
-            way.map_or((0, [0; ETHERNET]), |way| (u64::from(way.link) << 32 | u64::from(way.mtu), way.header));
+        let (link, header) = way.map_or((0, [0; ETHERNET]), |way| {
+            (u64::from(way.link) << 32 | u64::from(way.mtu & !PAIR | pair(way)), way.header)
+        });
         let mut words = [[0; 8]; 2];
         words.as_flattened_mut()[..ETHERNET].copy_from_slice(&header);
         for (to, from) in self.address.iter().zip(address).chain(self.header.iter().zip(words.map(u64::from_ne_bytes)))
@@ -194,7 +204,8 @@ mod tests {
     use super::*;
 
     fn way(link: u32) -> Way {
-        Way { link, mtu: 1500, header: std::array::from_fn(|at| (at as u8).wrapping_add(link as u8)) }
+        let header = std::array::from_fn(|at| (at as u8).wrapping_add(link as u8));
+        Way { link, mtu: 1500, header, is_pair: link.is_multiple_of(2) }
     }
 
     #[test]
