@@ -24,6 +24,9 @@ pub const ADMIN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 1
 /// Bound on anything that should be done in a moment.
 pub const SOON: Duration = Duration::from_secs(10);
 
+/// The variable that has all daemons under test take packets another way.
+pub const PACKET_PATH: &str = "SLUICE_TEST_PACKET_PATH";
+
 /// A Pod that serves HTTP on 8080 and answers datagrams on 5353.
 pub struct ServingPod {
     /// Its namespace and addresses.
@@ -50,7 +53,6 @@ impl Cluster {
     pub fn new() -> Result<Self> {
         let folder = tempfile::tempdir().context("a folder for manifests and state")?;
         fs::create_dir(folder.path().join("manifests"))?;
-        fs::write(folder.path().join("config.yaml"), "localControllers: false\n")?;
         let topology = Arc::new(Topology::new(TopologyConfig::default())?);
         let cluster = Self {
             topology,
@@ -61,6 +63,7 @@ impl Cluster {
             environment: Vec::new(),
             kubeconfig: None,
         };
+        cluster.configure("localControllers: false\n")?;
         let addresses: Vec<IpAddr> = cluster.topology.config.node.iter().map(ipnet::IpNet::addr).collect();
         cluster.write("node.json", &[manifests::node(&addresses)])?;
         Ok(cluster)
@@ -68,19 +71,23 @@ impl Cluster {
 
     /// A node with `pods` Pods behind the Service `web` (see [`manifests::service`]) and the daemon running.
     pub fn with_web(pods: u8) -> Result<Self> {
-        Self::with_web_by("kernel", pods)
+        Self::new()?.and_web(pods)
     }
 
     /// The same with this `packetPath`.
     pub fn with_web_by(path: &str, pods: u8) -> Result<Self> {
-        let mut cluster = Self::new()?;
+        let cluster = Self::new()?;
         cluster.configure(&format!("localControllers: false\npacketPath: {path}\n"))?;
+        cluster.and_web(pods)
+    }
+
+    fn and_web(mut self, pods: u8) -> Result<Self> {
         for number in 1..=pods {
-            cluster.add_pod(number)?;
+            self.add_pod(number)?;
         }
-        cluster.publish_web(0..usize::from(pods))?;
-        cluster.start()?;
-        Ok(cluster)
+        self.publish_web(0..usize::from(pods))?;
+        self.start()?;
+        Ok(self)
     }
 
     /// Flags that every later start of the daemon gets too.
@@ -98,9 +105,14 @@ impl Cluster {
         self.kubeconfig = Some(kubeconfig);
     }
 
-    /// Writes the configuration file anew, for the next start.
+    /// Writes the configuration file anew, for the next start. Where it has no `packetPath`, that of [`PACKET_PATH`] is added.
     pub fn configure(&self, text: &str) -> Result<()> {
-        fs::write(self.folder.path().join("config.yaml"), text).context("cannot write the configuration")
+        let path = std::env::var(PACKET_PATH)
+            .ok()
+            .filter(|_| !text.contains("packetPath:") && !text.contains("KubeProxyConfiguration"));
+        let path = path.map(|path| format!("packetPath: {path}\n")).unwrap_or_default();
+        fs::write(self.folder.path().join("config.yaml"), format!("{text}{path}"))
+            .context("cannot write the configuration")
     }
 
     /// Adds Pod `web-NUMBER` with the addresses 10.244.0.NUMBER and fd00:10:244::NUMBER.

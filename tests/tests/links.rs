@@ -48,10 +48,10 @@ fn filters_of_others_see_packets_only_on_the_kernels_path() {
     if !can_run_in_namespaces("filters of others") {
         return;
     }
-    for path in ["kernel", "links"] {
+    for path in ["kernel", "links", "offload"] {
         let mut cluster = Cluster::with_web_by(path, 2).unwrap();
         filter(&cluster);
-        let is_taken = path == "links";
+        let is_taken = path != "kernel";
         let frontends = cluster.web(true);
         // From a Pod to the ClusterIP: the reply comes by connection tracking, the request does not.
         for (ns, to) in [(&cluster.pods[0].pod.ns, frontends[0]), (&cluster.topology.client, frontends[1])] {
@@ -123,7 +123,7 @@ fn nothing_is_left_after_a_stop_or_a_cleanup() {
     cluster.stop(Signal::SIGKILL).unwrap();
     assert!(has_table(&cluster), "as after a crash");
     // A daemon that takes packets by routes takes it away, and so does the command.
-    cluster.configure("localControllers: false\n").unwrap();
+    cluster.configure("localControllers: false\npacketPath: kernel\n").unwrap();
     cluster.start().unwrap();
     assert!(!has_table(&cluster));
     assert_eq!(answer(&cluster.topology.client, cluster.web(true)[1], SOON).as_deref(), Ok("web-1"));

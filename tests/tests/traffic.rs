@@ -18,7 +18,7 @@ fn on_each_path(what: &str, pods: u8, body: impl Fn(Cluster)) {
     if !can_run_in_namespaces(what) {
         return;
     }
-    for path in ["kernel", "links"] {
+    for path in ["kernel", "links", "offload"] {
         eprintln!("packetPath: {path}");
         body(Cluster::with_web_by(path, pods).unwrap());
     }

@@ -97,6 +97,7 @@ pub fn host_repaired(object: &str) {
 pub fn render(state: &State) -> String {
     // A recorder of the moment: what no longer exists leaves no series behind.
     let recorder = PrometheusBuilder::new().build_recorder();
+    state.shared.count_offloaded();
     metrics::with_local_recorder(&recorder, || {
         describe();
         record_services(state);

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::record::{Snapshot, Source};
+use super::table::Writer;
 use super::{FlowTable, Hit, State};
 use crate::net::{Direction, Protocol};
 use crate::offload::{Course, FlowTraffic, Level, Offload};
@@ -39,7 +40,7 @@ impl FlowTable {
         self.offload.as_ref().map_or(Level::None, |offload| offload.level(hit.record))
     }
 
-    /// Takes in what the kernel saw lately: connections that closed, and what the last process' program saw.
+    /// Takes in what the kernel saw lately, and what the last process' program saw.
     pub(crate) fn look_at_offloaded(&self) {
         let Some(offload) = &self.offload else { return };
         let of_life = |(record, life): (u32, u32)| {
@@ -47,61 +48,68 @@ impl FlowTable {
             (life_of(&snapshot) == life).then_some((record, snapshot))
         };
         if let Some(inherited) = offload.take_inherited() {
+            let _writer = self.lock();
             for traffic in inherited.iter() {
                 if let Some((record, snapshot)) = traffic.owner().and_then(of_life) {
                     let snapshot = self.advanced(record, snapshot, traffic.course());
-                    self.absorb(offload, traffic, record, &snapshot);
+                    self.add(offload, traffic, record, &snapshot);
                 }
             }
         }
-        for (record, snapshot) in offload.finished().filter_map(of_life) {
-            let hit = Hit { snapshot: self.settled(record, snapshot), record, direction: Direction::Request };
-            self.take_back(&hit);
+        for owner in offload.seen() {
+            let mut writer = self.lock();
+            if let Some((record, snapshot)) = of_life(owner) {
+                let snapshot = self.settled(record, snapshot);
+                self.absorb(&mut writer, record, &snapshot);
+                if snapshot.state().is_finished() {
+                    self.take_back(&mut writer, record, &snapshot);
+                }
+            }
         }
     }
 
-    /// Has all packets of a flow come to us again: it is over but for the last of them.
-    pub(super) fn take_back(&self, hit: &Hit) {
-        let Some(offload) = &self.offload else { return };
-        let _writer = self.lock();
-        if offload.level(hit.record) != Level::Carried || self.now(hit).is_none() {
+    /// Has all packets of a flow that is over but for the last of them come to us.
+    pub(super) fn take_back(&self, writer: &mut Writer, record: u32, snapshot: &Snapshot) {
+        let Some(offload) = self.offload.as_ref().filter(|offload| offload.level(record) == Level::Carried) else {
             return;
-        }
-        let (fields, masquerade) = (hit.fields(), self.masquerade());
+        };
+        let (fields, masquerade) = (&snapshot.fields, self.masquerade());
         // Nothing but the program tells replies to the client's own address from others.
         let is_held = fields.source == Source::Preserved && offload.divert(fields, masquerade);
         if !is_held {
             offload.remove(fields, masquerade);
         }
-        self.settled(hit.record, hit.snapshot);
-        offload.release(hit.record, fields.endpoint_slot);
+        self.absorb(writer, record, snapshot);
+        offload.release(record, fields.endpoint_slot);
         if is_held {
-            offload.set_held(hit.record);
+            offload.set_held(record);
         }
     }
 
-    /// The kernel forgets a flow. Only for the holder of the lock.
-    pub(super) fn end_offload(&self, snapshot: &Snapshot, record: u32) {
-        let Some(offload) = &self.offload else { return };
-        if offload.level(record) != Level::None {
-            offload.remove(&snapshot.fields, self.masquerade());
-            self.settled(record, *snapshot);
-            offload.release(record, snapshot.fields.endpoint_slot);
-        }
-    }
-
-    /// A record's flow as it is, with all that the kernel saw of it.
-    pub(super) fn settled(&self, record: u32, snapshot: Snapshot) -> Snapshot {
-        let Some((offload, traffic)) =
-            self.offload.as_ref().and_then(|offload| Some((offload, offload.traffic(record)?)))
-        else {
-            return snapshot;
+    /// The kernel forgets a flow.
+    pub(super) fn end_offload(&self, writer: &mut Writer, snapshot: &Snapshot, record: u32) {
+        let Some(offload) = self.offload.as_ref().filter(|offload| offload.level(record) != Level::None) else {
+            return;
         };
-        let snapshot = self.advanced(record, snapshot, traffic.course());
-        if snapshot.state().is_finished() {
-            offload.account(traffic, snapshot.fields.endpoint_slot);
+        offload.remove(&snapshot.fields, self.masquerade());
+        self.settled(record, *snapshot);
+        self.absorb(writer, record, snapshot);
+        offload.release(record, snapshot.fields.endpoint_slot);
+    }
+
+    /// A record's flow as far as the kernel saw it come.
+    pub(super) fn settled(&self, record: u32, snapshot: Snapshot) -> Snapshot {
+        let Some(offload) = &self.offload else { return snapshot };
+        let Some(traffic) = offload.traffic(record) else { return snapshot };
+        let course = traffic.course();
+        if traffic.owner() != Some((record, life_of(&snapshot))) {
+            // The place has become another flow's meanwhile.
+            return snapshot;
         }
-        self.absorb(offload, traffic, record, &snapshot);
+        let snapshot = self.advanced(record, snapshot, course);
+        if snapshot.state().is_finished() {
+            offload.note_end(traffic, snapshot.fields.endpoint_slot);
+        }
         snapshot
     }
 
@@ -119,13 +127,36 @@ impl FlowTable {
         flow.read().filter(|now| life_of(now) == life_of(&snapshot)).unwrap_or(snapshot)
     }
 
-    /// Adds to a record, and to the counters of its endpoint and Service port, what the kernel saw.
-    fn absorb(&self, offload: &Offload, traffic: &FlowTraffic, record: u32, snapshot: &Snapshot) {
+    /// Adds what the kernel saw of a flow to its record, before that is asked.
+    pub(super) fn catch_up(&self, hit: &Hit) {
+        if self.offloaded(hit) == Level::Carried {
+            self.is_caught_up(&mut self.lock(), hit);
+        }
+    }
+
+    /// The same for the holder of the lock. Always true.
+    pub(super) fn is_caught_up(&self, writer: &mut Writer, hit: &Hit) -> bool {
+        if self.now(hit).is_some() {
+            self.absorb(writer, hit.record, &hit.snapshot);
+        }
+        true
+    }
+
+    /// Adds what the kernel saw to the record of a flow that lives. Only one may at a time.
+    pub(super) fn absorb(&self, _: &mut Writer, record: u32, snapshot: &Snapshot) {
+        if let Some(offload) = &self.offload
+            && let Some(traffic) = offload.traffic(record)
+        {
+            self.add(offload, traffic, record, snapshot);
+        }
+    }
+
+    fn add(&self, offload: &Offload, traffic: &FlowTraffic, record: u32, snapshot: &Snapshot) {
         for direction in [Direction::Request, Direction::Reply] {
             let Some(seen) = traffic.take(direction) else { continue };
             offload.add(seen.packets);
             self.records[record as usize].add(direction, &seen);
-            // The last row of cells is nobody's: more than one thread adds here.
+            // The last row of cells is for these alone.
             let (row, at) = (self.slots.threads() - 1, direction.index());
             let endpoint = self.slots.endpoint(row, snapshot.fields.endpoint_slot);
             let port = self.slots.port(row, snapshot.fields.port_slot);

@@ -36,6 +36,7 @@ impl FlowTable {
         for _ in 0..VICTIM_SEARCH {
             writer.hand = (writer.hand + 1) % writer.used;
             if let Some(hit) = self.hit(writer.hand)
+                && self.is_caught_up(writer, &hit)
                 && self.may_push_out(&hit, now_ms)
             {
                 self.end(writer, &hit);
@@ -79,6 +80,7 @@ impl FlowTable {
             let Some(other) = self.probe(&FlowFields { source, ..fields }.reply(self.masquerade())) else {
                 return Ok(source);
             };
+            self.absorb(writer, other.record, &other.snapshot);
             let idle = self.records[other.record as usize].idle_ms(now_ms);
             // Stamped after `now_ms` was read: not idle at all.
             let idle = if idle > u32::MAX / 2 { 0 } else { idle };

@@ -202,11 +202,6 @@ impl FlowTable {
         self.evictions.load(Relaxed)
     }
 
-    /// The flow of a packet with this key, unless it cannot be seen just now: then [`Self::open`] knows. Takes no lock.
-    pub fn find_at_sight(&self, key: &FlowKey) -> Option<Hit> {
-        self.probe(key)
-    }
-
     /// The flow of a packet with this key. Takes no lock unless there is none at first sight.
     pub fn find(&self, key: &FlowKey) -> Option<Hit> {
         self.probe(key).or_else(|| {
@@ -260,6 +255,7 @@ impl FlowTable {
 
     /// How far a flow that is being opened has come.
     pub fn opening(&self, hit: &Hit, now_ms: u64) -> OpeningProgress {
+        self.catch_up(hit);
         let record = &self.records[hit.record as usize];
         let [requests, replies] = record.traffic().1;
         OpeningProgress {
@@ -283,6 +279,7 @@ impl FlowTable {
             record.acknowledge(hit.direction.reverse(), tcp.sequence.wrapping_add(1));
         }
         if tcp.rst || tcp.fin || state == State::Opening {
+            self.catch_up(hit);
             let expected = record.expected(hit.direction);
             self.advance(hit, |state| state.after_tcp(hit.direction, tcp, expected));
         }
@@ -302,6 +299,7 @@ impl FlowTable {
             writer.hand = (writer.hand + 1) % writer.used;
             let record = writer.hand;
             if let Some(hit) = self.hit(record)
+                && self.is_caught_up(&mut writer, &hit)
                 && self.is_expired(&hit, now_ms as u32)
             {
                 self.end(&mut writer, &hit);
@@ -377,7 +375,7 @@ impl FlowTable {
         let record = &self.records[hit.record as usize];
         let Some(now) = record.read().filter(|now| now.meta >> 32 == hit.snapshot.meta >> 32) else { return };
         let fields = &now.fields;
-        self.end_offload(&now, hit.record);
+        self.end_offload(writer, &now, hit.record);
         for direction in [Direction::Request, Direction::Reply] {
             let hash = self.hash(&fields.key(direction, &self.masquerade));
             self.index.remove(hash, Entry { record: hit.record, direction }, |entry| self.hash_of(entry));
@@ -396,7 +394,7 @@ impl FlowTable {
         if step(before).is_finished() && !before.is_finished() {
             self.slots.flow_finished(hit.fields().endpoint_slot);
             if self.offloaded(hit) == Level::Carried {
-                self.take_back(hit);
+                self.take_back(&mut self.lock(), hit.record, &hit.snapshot);
             }
         }
         Some(before)

@@ -278,7 +278,7 @@ impl Offload {
     /// The flow is not the program's any more. Only for the holder of the flow table's lock.
     pub(crate) fn release(&self, record: u32, endpoint: EndpointSlot) {
         if let Some(traffic) = self.traffic(record) {
-            self.account(traffic, endpoint);
+            self.note_end(traffic, endpoint);
             traffic.owner.store(0, Relaxed);
         }
         if let Some(place) = self.places[record as usize].swap(NONE, Relaxed).checked_sub(CARRIED) {
@@ -291,8 +291,8 @@ impl Offload {
         self.set_place(record, HELD);
     }
 
-    /// The flow's end, if the program has seen it, is known: it is not to be taken off the endpoint's active ones any more.
-    pub(crate) fn account(&self, traffic: &FlowTraffic, endpoint: EndpointSlot) {
+    /// The flow is known to be over: it is not to be taken off the endpoint's active ones any more, if the program did so.
+    pub(crate) fn note_end(&self, traffic: &FlowTraffic, endpoint: EndpointSlot) {
         if traffic.directions[0].fins.compare_exchange(2, 0, Relaxed, Relaxed).is_ok() {
             self.maps.endpoints[endpoint.0 as usize].finished.fetch_sub(1, Relaxed);
         }
@@ -303,11 +303,12 @@ impl Offload {
         self.packets.fetch_add(u64::from(packets), Relaxed);
     }
 
-    /// The flows that were seen to have closed: number of the record, and of its life.
-    pub(crate) fn finished(&self) -> impl Iterator<Item = (u32, u32)> {
-        let used = lock(&self.free).used as usize;
-        let finished = |traffic: &&FlowTraffic| traffic.directions[0].fins.load(Relaxed) == 2;
-        self.maps.traffic[..used].iter().filter(finished).filter_map(FlowTraffic::owner)
+    /// The flows of which something was seen since it was last asked for: number of the record, and of its life.
+    pub(crate) fn seen(&self) -> impl Iterator<Item = (u32, u32)> {
+        let free = lock(&self.free);
+        let used = if free.places.len() == free.used as usize { 0 } else { free.used as usize };
+        drop(free);
+        self.maps.traffic[..used].iter().filter(|traffic| traffic.has_news()).filter_map(FlowTraffic::owner)
     }
 
     fn take_place(&self) -> Option<u32> {
@@ -356,6 +357,11 @@ impl FlowTraffic {
             }
         }
         self.directions[Direction::Reply.index()].seen_ns.store(u64::from(is_answered), Relaxed);
+    }
+
+    fn has_news(&self) -> bool {
+        let mut directions = self.directions.iter();
+        directions.any(|traffic| traffic.packets.load(Relaxed) != 0 || traffic.fin.load(Relaxed) != 0)
     }
 
     /// Whose it is: number of the record, and of its life.

@@ -212,8 +212,12 @@ impl Shared {
         self.on_links.iter().map(|count| count.0.load(Relaxed)).sum()
     }
 
-    /// Packets that the kernel carried so far, as far as they were counted, and connections that it carries now; nothing without
-    /// [`Settings::offload`].
+    /// Counts what the kernel carried until now: counters are behind it by up to a second otherwise.
+    pub fn count_offloaded(&self) {
+        self.flows.look_at_offloaded();
+    }
+
+    /// Packets that the kernel carried so far, and connections that it carries now; nothing without [`Settings::offload`].
     pub fn offloaded(&self) -> Option<(u64, u64)> {
         self.settings.offload.as_ref().map(|offload| offload.totals())
     }

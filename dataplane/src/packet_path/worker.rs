@@ -111,10 +111,7 @@ impl Worker {
         now_ms: u64,
     ) -> Result<Action, Drop> {
         let key = packet.key(protocol);
-        // Opening a flow looks again under the lock.
-        let begins = tcp.is_some_and(|tcp| tcp.syn && !tcp.ack);
-        let flows = &self.shared.flows;
-        let found = if begins { flows.find_at_sight(&key) } else { flows.find(&key) };
+        let found = self.shared.flows.find(&key);
         let hit = match found.map(|hit| (self.standing(&hit, tcp), hit)) {
             Some((Stands::GoesOn, hit)) => match tcp.filter(|_| hit.state() == State::Opening) {
                 Some(tcp) => match self.opening(hit, &tcp, now_ms)? {
