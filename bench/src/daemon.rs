@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use clap::ValueEnum;
 use serde_json::Value;
 use sluice_bench::client::Failure;
 use sluice_bench::workload;
@@ -34,6 +35,42 @@ pub(crate) fn program(wanted: Option<&Path>) -> Result<PathBuf> {
     }
 }
 
+/// What `packetPath` the daemon has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PacketPath {
+    #[default]
+    Kernel,
+    Links,
+    Offload,
+}
+
+impl PacketPath {
+    pub(crate) const ALL: [Self; 3] = [Self::Kernel, Self::Links, Self::Offload];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Kernel => "kernel",
+            Self::Links => "links",
+            Self::Offload => "offload",
+        }
+    }
+}
+
+/// A daemon to be started.
+pub(crate) struct Program {
+    pub(crate) file: PathBuf,
+    /// Packet threads, if not as many as cores.
+    pub(crate) workers: Option<usize>,
+    pub(crate) packet_path: PacketPath,
+}
+
+impl Program {
+    /// The program beside this one, or another.
+    pub(crate) fn new(wanted: Option<&Path>, packet_path: PacketPath) -> Result<Self> {
+        Ok(Self { file: program(wanted)?, workers: None, packet_path })
+    }
+}
+
 /// Why there is no such program.
 pub(crate) fn not_built(program: &Path) -> Option<String> {
     (!program.is_file()).then(|| format!("{} is not built (cargo build --release --bins)", program.display()))
@@ -44,8 +81,7 @@ pub(crate) fn not_built(program: &Path) -> Option<String> {
 pub(crate) fn prepare(
     lab: &Lab,
     folder: &Path,
-    program: &Path,
-    workers: Option<usize>,
+    program: &Program,
     others: Option<&Others>,
     endpoints: &[Endpoint],
 ) -> Result<Command> {
@@ -56,20 +92,15 @@ pub(crate) fn prepare(
     }
     write(&files, "web.json", &manifests::list(&[manifests::node(lab), manifests::web()]))?;
     write(&files, "web-1.json", &manifests::slice(WEB, endpoints))?;
-    let workers = workers.map(|workers| format!("workers: {workers}\n")).unwrap_or_default();
+    let workers = program.workers.map(|workers| format!("workers: {workers}\n")).unwrap_or_default();
     let config = folder.join(CONFIG);
-    let text = format!("localControllers: false\nserviceCIDRs: [{SERVICE_CIDR}]\n{workers}");
+    let packet_path = program.packet_path.name();
+    let text = format!("localControllers: false\nserviceCIDRs: [{SERVICE_CIDR}]\npacketPath: {packet_path}\n{workers}");
     fs::write(&config, text).context("cannot write the configuration")?;
-    let mut command = lab.topology.node.command(program);
+    let mut command = lab.topology.node.command(&program.file);
     command.arg("run").arg("--manifests").arg(files).arg("--config").arg(config);
     command.args(["--node-name", NODE, "--state-dir"]).arg(folder.join("state"));
     Ok(command)
-}
-
-/// Adds to the configuration that [`prepare`] wrote.
-pub(crate) fn configure(folder: &Path, text: &str) -> Result<()> {
-    let mut file = fs::OpenOptions::new().append(true).open(folder.join(CONFIG)).context("no configuration")?;
-    file.write_all(text.as_bytes()).context("cannot write the configuration")
 }
 
 /// Adds a file to what [`prepare`] wrote.
@@ -98,7 +129,7 @@ pub(crate) struct Daemon {
 
 impl Daemon {
     /// Starts it with the Pods of the lab and waits until the client of this mode gets an answer.
-    pub(crate) fn start(lab: &Lab, program: &Path, others: Option<&Others>, mode: Mode) -> Result<Self> {
+    pub(crate) fn start(lab: &Lab, program: &Program, others: Option<&Others>, mode: Mode) -> Result<Self> {
         let endpoints = manifests::ready(lab.endpoints().iter().map(SocketAddr::ip));
         let (ns, target) = (lab.client(mode), lab.service(mode));
         Self::start_with(lab, program, others, &endpoints, || workload::probe(Some(ns), target, PROBE))
@@ -107,17 +138,17 @@ impl Daemon {
     /// Starts it with these endpoints and waits until `ask` gets an answer.
     pub(crate) fn start_with(
         lab: &Lab,
-        program: &Path,
+        program: &Program,
         others: Option<&Others>,
         endpoints: &[Endpoint],
         mut ask: impl FnMut() -> Result<Result<(), Failure>>,
     ) -> Result<Self> {
-        if let Some(why) = not_built(program) {
+        if let Some(why) = not_built(&program.file) {
             bail!(why);
         }
         let folder = tempfile::tempdir().context("a folder for manifests")?;
         let files = manifests_in(folder.path());
-        let command = prepare(lab, folder.path(), program, None, others, endpoints)?;
+        let command = prepare(lab, folder.path(), program, others, endpoints)?;
         let begun = Instant::now();
         let mut daemon = Self { process: Process::start(command, folder)?, files, ready_after: Duration::ZERO };
         while let Err(failure) = ask()? {

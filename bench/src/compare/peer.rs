@@ -12,7 +12,7 @@ use serde::{Serialize, Serializer};
 use sluice_bench::workload;
 
 use super::{flows, hop, kube_proxy, nft, proxy};
-use crate::daemon;
+use crate::daemon::{self, PacketPath, Program};
 use crate::lab::{Lab, Mode};
 use crate::manifests::{self, Others, ready};
 use crate::process::{Process, Usage};
@@ -37,35 +37,6 @@ pub(crate) enum Peer {
     KubeProxy,
     /// The least that a hop through TUN can cost.
     Hop,
-}
-
-/// What `packetPath` the daemon has.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum PacketPath {
-    #[default]
-    Kernel,
-    Links,
-    Offload,
-}
-
-impl PacketPath {
-    const ALL: [Self; 3] = [Self::Kernel, Self::Links, Self::Offload];
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Kernel => "kernel",
-            Self::Links => "links",
-            Self::Offload => "offload",
-        }
-    }
-
-    /// What a peer's name begins with.
-    fn prefix(self) -> String {
-        match self {
-            Self::Kernel => "sluice".to_owned(),
-            path => format!("sluice-{}", path.name()),
-        }
-    }
 }
 
 /// With how much the daemon is measured.
@@ -101,7 +72,7 @@ impl fmt::Display for Peer {
         match self {
             Self::Direct => f.write_str("direct"),
             Self::Sluice(Sluice { workers, path, others, flows }) => {
-                f.write_str(&path.prefix())?;
+                f.write_str(&prefix(*path))?;
                 workers.map_or(Ok(()), |workers| write!(f, "-{workers}"))?;
                 let services = others + 1;
                 if *others > 0 { write!(f, " {services} Services") } else { Ok(()) }?;
@@ -136,8 +107,16 @@ impl FromStr for Peer {
     }
 }
 
+/// What the name of a daemon with this `packetPath` begins with.
+fn prefix(path: PacketPath) -> String {
+    match path {
+        PacketPath::Kernel => "sluice".to_owned(),
+        path => format!("sluice-{}", path.name()),
+    }
+}
+
 fn sluice(text: &str) -> Option<Peer> {
-    let named = PacketPath::ALL.into_iter().find_map(|path| match text.strip_prefix(&path.prefix())? {
+    let named = PacketPath::ALL.into_iter().find_map(|path| match text.strip_prefix(&prefix(path))? {
         "" => Some((path, None)),
         workers => {
             Some((path, Some(workers.strip_prefix('-')?.parse().ok().filter(|workers| (1..=64).contains(workers))?)))
@@ -183,8 +162,8 @@ pub(super) fn start(peer: Peer, mode: Mode, pods: u8, sluice: &Path) -> Result<R
             None => {
                 let endpoints = ready(lab.endpoints().iter().map(SocketAddr::ip));
                 let others = Others { services: with.others, endpoints: 5 * with.others, ..Others::default() };
-                let command = daemon::prepare(&lab, folder.path(), sluice, with.workers, Some(&others), &endpoints)?;
-                daemon::configure(folder.path(), &format!("packetPath: {}\n", with.path.name()))?;
+                let program = Program { workers: with.workers, ..Program::new(Some(sluice), with.path)? };
+                let command = daemon::prepare(&lab, folder.path(), &program, Some(&others), &endpoints)?;
                 if with.flows > 0 {
                     daemon::add(folder.path(), "silent.json", &manifests::silent(&endpoints))?;
                 }

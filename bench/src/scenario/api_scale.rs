@@ -20,7 +20,7 @@ use super::polite::{Server, ask, connect};
 use super::scale::{PODS, ScaleArgs, Size, TIMEOUT, record};
 use super::{Failures, at, count, named, percentiles, sum, table};
 use crate::compare::kube_proxy;
-use crate::daemon::PROBE;
+use crate::daemon::{PROBE, Program};
 use crate::lab::{CLUSTER_IP, Lab, Lacking, Mode, POD_PORT};
 use crate::manifests::{self, NODE, Others, WEB, ready};
 use crate::process::{Process, Usage};
@@ -41,7 +41,7 @@ const PEERS: [(&str, [&str; 2]); 2] = [
 ];
 
 /// Measures; whether there were no errors.
-pub(super) fn run(arguments: &ScaleArgs, sizes: &[Size], program: &Path) -> Result<bool> {
+pub(super) fn run(arguments: &ScaleArgs, sizes: &[Size], program: &Program) -> Result<bool> {
     if let Some(missing) = kube_proxy::missing() {
         return Err(anyhow::Error::new(Lacking(missing.into())));
     }
@@ -60,7 +60,7 @@ pub(super) fn run(arguments: &ScaleArgs, sizes: &[Size], program: &Path) -> Resu
     Ok(results.iter().all(|measured| sum(&measured.failures) == 0))
 }
 
-fn measure(size: Size, arguments: &ScaleArgs, program: &Path, line: &mut Line) -> Result<Vec<Measured>> {
+fn measure(size: Size, arguments: &ScaleArgs, program: &Program, line: &mut Line) -> Result<Vec<Measured>> {
     let lab = Lab::bare()?;
     let pods: Vec<Pod> = (1..=PODS).map(|number| lab.add_pod(number)).collect::<Result<_>>()?;
     let servers = pods.iter().zip(1..).map(|(pod, number)| Server::start(&pod.ns, number, POD_PORT));
@@ -103,10 +103,11 @@ fn measure(size: Size, arguments: &ScaleArgs, program: &Path, line: &mut Line) -
 }
 
 /// The daemon on the lab's node.
-fn sluice(lab: &Lab, plane: &ControlPlane, folder: &Path, program: &Path) -> Result<Command> {
+fn sluice(lab: &Lab, plane: &ControlPlane, folder: &Path, program: &Program) -> Result<Command> {
     let config = folder.join("config.yaml");
-    fs::write(&config, "localControllers: false\n").context("cannot write the configuration")?;
-    let mut command = lab.topology.node.command(program);
+    let text = format!("localControllers: false\npacketPath: {}\n", program.packet_path.name());
+    fs::write(&config, text).context("cannot write the configuration")?;
+    let mut command = lab.topology.node.command(&program.file);
     command.arg("run").arg("--kubeconfig").arg(plane.kubeconfig("proxy")).arg("--config").arg(config);
     command.args(["--node-name", NODE, "--log-level", "info,sluice_control::source::api=debug", "--state-dir"]);
     command.arg(folder.join("state"));

@@ -13,7 +13,7 @@ use sluice_bench::workload::{self, Outcome, Plan, Workload, cores, new_histogram
 use super::{CommonArgs, Failures, ModeArgs, add, at, named, percentiles, sum, table};
 use crate::cli::parse_duration;
 use crate::compare::stats::Figure;
-use crate::daemon::{self, Daemon};
+use crate::daemon::Daemon;
 use crate::lab::Lab;
 use crate::manifests::{Others, ready};
 use crate::progress::{Line, number};
@@ -63,7 +63,7 @@ pub(crate) fn run(arguments: &ChurnArgs) -> Result<bool> {
     let lab = Lab::new(arguments.pods)?;
     let services = arguments.services;
     let others = Others { services, endpoints: 5 * services, loose: services.min(LOOSE), ..Others::default() };
-    let daemon = Daemon::start(&lab, &daemon::program(arguments.common.sluice.as_deref())?, Some(&others), mode)?;
+    let daemon = Daemon::start(&lab, &arguments.common.program()?, Some(&others), mode)?;
     let plan = Plan {
         connections: arguments.connections,
         threads: cores(),

@@ -16,7 +16,7 @@ use sluice_bench::workload::new_histogram;
 use super::polite::{Server, ask, connect};
 use super::{CommonArgs, Failures, ModeArgs, add, at, count, named, percentiles, sum, table};
 use crate::cli::parse_duration;
-use crate::daemon::{self, Daemon, PROBE};
+use crate::daemon::{Daemon, PROBE};
 use crate::lab::{Lab, POD_PORT};
 use crate::manifests::{Condition, Endpoint, ready};
 use crate::progress::Line;
@@ -59,7 +59,7 @@ pub(crate) fn run(arguments: &DrainArgs) -> Result<bool> {
     for _ in 0..arguments.pods {
         update.add_pod()?;
     }
-    let (program, target) = (daemon::program(arguments.common.sluice.as_deref())?, lab.service(mode));
+    let (program, target) = (arguments.common.program()?, lab.service(mode));
     let daemon = Daemon::start_with(&lab, &program, None, &update.endpoints(None), || {
         lab.client(mode).run(|| Ok(connect(target, PROBE).and_then(|stream| ask(&stream)).map(drop)))
     })?;

@@ -16,7 +16,7 @@ use sluice_bench::workload::cores;
 
 use super::{CommonArgs, Failures, add, count, named, raise_file_limit, sum};
 use crate::cli::{parse_duration, resolve};
-use crate::daemon::{self, Daemon};
+use crate::daemon::Daemon;
 use crate::lab::{Lab, Mode};
 use crate::process::Usage;
 use crate::progress::number;
@@ -56,7 +56,7 @@ pub(crate) fn run(arguments: &IdleArgs) -> Result<bool> {
     let mut pids = arguments.pid.clone();
     let own = if is_own {
         let lab = Lab::new(3)?;
-        let daemon = Daemon::start(&lab, &daemon::program(arguments.common.sluice.as_deref())?, None, Mode::Preserve)?;
+        let daemon = Daemon::start(&lab, &arguments.common.program()?, None, Mode::Preserve)?;
         pids.push(daemon.id());
         Some((daemon, lab))
     } else {

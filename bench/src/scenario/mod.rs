@@ -19,6 +19,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use sluice_bench::client::Failure;
 
+use crate::daemon::{PacketPath, Program};
 use crate::lab::Mode;
 use crate::progress::{PERCENTILES, micros};
 
@@ -27,9 +28,18 @@ pub(crate) struct CommonArgs {
     /// The `sluice` program [default: the one beside this].
     #[arg(long)]
     sluice: Option<PathBuf>,
+    /// `packetPath` of the daemon.
+    #[arg(long, value_enum, default_value_t)]
+    packet_path: PacketPath,
     /// Print the result as one JSON object.
     #[arg(long)]
     json: bool,
+}
+
+impl CommonArgs {
+    fn program(&self) -> Result<Program> {
+        Program::new(self.sluice.as_deref(), self.packet_path)
+    }
 }
 
 #[derive(Clone, Copy, Debug, Args)]

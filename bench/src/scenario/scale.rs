@@ -73,7 +73,7 @@ impl FromStr for Size {
 
 /// Measures; whether there were no errors.
 pub(crate) fn run(arguments: &ScaleArgs) -> Result<bool> {
-    let program = daemon::program(arguments.common.sluice.as_deref())?;
+    let program = arguments.common.program()?;
     ensure!(arguments.changes > 0 && arguments.dials > 0, "--changes, --dials: use more than 0");
     let sizes = arguments.sizes();
     if arguments.api {
@@ -120,7 +120,7 @@ struct Measured {
 }
 
 impl Measured {
-    fn of(size: Size, arguments: &ScaleArgs, program: &std::path::Path, line: &mut Line) -> Result<Self> {
+    fn of(size: Size, arguments: &ScaleArgs, program: &daemon::Program, line: &mut Line) -> Result<Self> {
         let what = format!("{} Services, {} endpoints", size.services, size.endpoints);
         line.doing(&format!("{what}: loading"));
         let lab = Lab::bare()?;

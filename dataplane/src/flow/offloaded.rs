@@ -77,7 +77,7 @@ impl FlowTable {
         // Nothing but the program tells replies to the client's own address from others.
         let is_held = fields.source == Source::Preserved && offload.divert(fields, masquerade);
         if !is_held {
-            offload.remove(fields, masquerade);
+            offload.remove(Level::Carried, fields, masquerade);
         }
         self.absorb(writer, record, snapshot);
         offload.release(record, fields.endpoint_slot);
@@ -88,13 +88,14 @@ impl FlowTable {
 
     /// The kernel forgets a flow.
     pub(super) fn end_offload(&self, writer: &mut Writer, snapshot: &Snapshot, record: u32) {
-        let Some(offload) = self.offload.as_ref().filter(|offload| offload.level(record) != Level::None) else {
-            return;
-        };
-        offload.remove(&snapshot.fields, self.masquerade());
-        self.settled(record, *snapshot);
-        self.absorb(writer, record, snapshot);
-        offload.release(record, snapshot.fields.endpoint_slot);
+        let Some(offload) = &self.offload else { return };
+        let level = offload.level(record);
+        if level != Level::None {
+            offload.remove(level, &snapshot.fields, self.masquerade());
+            self.settled(record, *snapshot);
+            self.absorb(writer, record, snapshot);
+            offload.release(record, snapshot.fields.endpoint_slot);
+        }
     }
 
     /// A record's flow as far as the kernel saw it come.

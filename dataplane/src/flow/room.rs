@@ -12,7 +12,7 @@ use super::table::{FlowTable, Full, Hit, Writer};
 /// Milliseconds after which nothing of a finished flow is under way any more, as a rule.
 const PORT_REST_MS: u32 = 1_000;
 /// Ports of finished flows that are looked at for one that rested so long. They come in turn, so the first are the most rested.
-const PORT_SEARCH: u32 = 4;
+const PORT_SEARCH: u32 = 2;
 /// Records looked at for a victim when the table is full.
 const VICTIM_SEARCH: usize = 64;
 /// Unanswered opens idle for this many milliseconds may be pushed out of a full table.

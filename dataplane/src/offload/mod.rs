@@ -255,7 +255,7 @@ impl Offload {
         self.set_place(record, place + CARRIED);
         if let Err(error) = &done {
             tracing::debug!(%error, "a flow is not carried by the kernel");
-            self.remove(fields, masquerade);
+            self.remove(Level::Carried, fields, masquerade);
             self.release(record, fields.endpoint_slot);
         }
         done.is_ok()
@@ -268,11 +268,13 @@ impl Offload {
         self.put(fields, masquerade, Direction::Reply, None).is_ok()
     }
 
-    /// Has the program forget a flow. Only for the holder of the flow table's lock, who then calls [`Offload::release`].
-    pub(crate) fn remove(&self, fields: &FlowFields, masquerade: &[Address]) {
-        for direction in [Direction::Request, Direction::Reply] {
-            self.remove_one(fields, masquerade, direction);
+    /// Has the program forget a flow of this level. Only for the holder of the flow table's lock, who then calls
+    /// [`Offload::release`].
+    pub(crate) fn remove(&self, level: Level, fields: &FlowFields, masquerade: &[Address]) {
+        if level == Level::Carried {
+            self.remove_one(fields, masquerade, Direction::Request);
         }
+        self.remove_one(fields, masquerade, Direction::Reply);
     }
 
     /// The flow is not the program's any more. Only for the holder of the flow table's lock.
