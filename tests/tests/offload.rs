@@ -1,7 +1,8 @@
 //! `packetPath: offload`: what the kernel carries, what is known of it, and what goes on while no daemon runs.
 #![allow(clippy::unwrap_used)]
 
-use std::net::SocketAddr;
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -11,6 +12,7 @@ use sluice_tests::can_run_in_namespaces;
 use sluice_tests::cluster::{Cluster, SOON};
 use sluice_tests::stage::{Stage, ready};
 use sluice_tests::talk::{Plan, Talk};
+use socket2::{Domain, Socket, Type};
 
 const EACH: usize = 20;
 
@@ -146,6 +148,52 @@ fn what_is_carried_is_reset_when_its_endpoint_is_gone() {
             println!("{of_first} reset within {slowest:?}, a pause of {pause:?}");
         }
     }
+}
+
+/// A client whose port was that of a connection by the Service dials the endpoint itself from it.
+#[test]
+fn what_is_over_does_not_stand_in_the_way_of_direct_connections() {
+    if !can_run_in_namespaces("direct connections beside those that the kernel carries") {
+        return;
+    }
+    let mut cluster = Cluster::with_web_by("offload", 1).unwrap();
+    cluster.add_pod(3).unwrap();
+    let ns = cluster.pods[1].pod.ns.clone();
+    for v4 in [true, false] {
+        let service = cluster.web(v4)[0];
+        let pod = cluster.pods[0].pod.addresses.iter().find(|address| address.is_ipv4() == v4).unwrap();
+        let pod = SocketAddr::new(*pod, 8080);
+        open(&ns, service).get("/").unwrap();
+        // Before the program was told that the flow is over, and after.
+        for (port, pause) in [(20_001, 50), (20_002, 2_000)] {
+            assert_eq!(by_port(&ns, service, port), "web-1");
+            std::thread::sleep(Duration::from_millis(pause));
+            assert_eq!(by_port(&ns, pod, port), "web-1");
+            assert_eq!(by_port(&ns, service, port + 10), "web-1");
+        }
+    }
+}
+
+/// An answer to a connection from this port.
+fn by_port(ns: &NetNs, to: SocketAddr, port: u16) -> String {
+    ns.run(|| {
+        let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+        socket.set_reuse_address(true)?;
+        let any: IpAddr = if to.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
+        socket.bind(&SocketAddr::new(any, port).into())?;
+        socket.connect_timeout(&to.into(), Duration::from_secs(3))?;
+        let mut stream = TcpStream::from(socket);
+        stream.set_read_timeout(Some(Duration::from_secs(3)))?;
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: sluice\r\nConnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        // The server's own end may come first or ours.
+        let mut byte = [0];
+        while !answer.ends_with("web-1") && stream.read(&mut byte)? == 1 {
+            answer.push(byte[0].into());
+        }
+        Ok(answer.rsplit('\n').next().unwrap_or_default().to_owned())
+    })
+    .unwrap()
 }
 
 #[test]

@@ -40,6 +40,12 @@ impl From<&FlowKey> for Key {
     }
 }
 
+/// [`Flow::to_us`]: the program carries it; all come to us; and the flow is over, so that the same packets may be of a connection
+/// that is none of ours.
+pub(super) const CARRIED: u32 = 0;
+pub(super) const TO_US: u32 = 1;
+pub(super) const OVER: u32 = 2;
+
 /// What becomes of them.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
@@ -56,13 +62,13 @@ pub(super) struct Flow {
     pub(super) direction: u32,
     /// Where their endpoint is.
     pub(super) endpoint: u32,
-    /// All of them come to us: 1.
+    /// Whether all of them come to us.
     pub(super) to_us: u32,
 }
 
 impl Flow {
-    /// One that comes to us.
-    pub(super) fn new(key: &FlowKey, to: &Translation, endpoint: EndpointSlot) -> Self {
+    /// One that is not carried.
+    pub(super) fn new(key: &FlowKey, to: &Translation, endpoint: EndpointSlot, to_us: u32) -> Self {
         let (mut addresses, mut ports) = (Change::default(), Change::default());
         addresses.replace(&key.source.bytes(), &to.source.bytes());
         addresses.replace(&key.destination.bytes(), &to.destination.bytes());
@@ -79,13 +85,13 @@ impl Flow {
             traffic: 0,
             direction: 0,
             endpoint: endpoint.0,
-            to_us: 1,
+            to_us,
         }
     }
 
     /// The same, carried and counted here.
     pub(super) fn carried(self, traffic: u32, direction: Direction) -> Self {
-        Self { traffic, direction: (direction.index() * DIRECTION) as u32, to_us: 0, ..self }
+        Self { traffic, direction: (direction.index() * DIRECTION) as u32, to_us: CARRIED, ..self }
     }
 }
 

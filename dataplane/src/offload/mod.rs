@@ -85,6 +85,16 @@ pub struct Offload {
     packets: AtomicU64,
 }
 
+/// What becomes of a direction's packets.
+#[derive(Clone, Copy)]
+enum To {
+    /// They are carried, and counted at this place.
+    Onward(u32),
+    Us,
+    /// The same, of a flow that is over.
+    UsAtTheEnd,
+}
+
 /// Places that no flow has.
 #[derive(Default)]
 struct Free {
@@ -229,7 +239,7 @@ impl Offload {
 
     /// Has the program bring us the replies of a TCP flow. Only for the holder of the flow table's lock. Returns whether it does.
     pub(crate) fn hold(&self, record: u32, fields: &FlowFields, masquerade: &[Address]) -> bool {
-        if let Err(error) = self.put(fields, masquerade, Direction::Reply, None) {
+        if let Err(error) = self.put(fields, masquerade, Direction::Reply, To::Us) {
             tracing::debug!(%error, "the kernel does not bring us the replies of a flow");
             return false;
         }
@@ -251,7 +261,7 @@ impl Offload {
         // Replies first: none may pass by when requests do.
         let done = [Direction::Reply, Direction::Request]
             .into_iter()
-            .try_for_each(|direction| self.put(fields, masquerade, direction, Some(place)));
+            .try_for_each(|direction| self.put(fields, masquerade, direction, To::Onward(place)));
         self.set_place(record, place + CARRIED);
         if let Err(error) = &done {
             tracing::debug!(%error, "a flow is not carried by the kernel");
@@ -261,11 +271,11 @@ impl Offload {
         done.is_ok()
     }
 
-    /// Has the replies of a flow that was carried come to us. Only for the holder of the flow table's lock, who then
+    /// Has the replies of a flow that was carried and is over come to us. Only for the holder of the flow table's lock, who then
     /// calls [`Offload::release`].
     pub(crate) fn divert(&self, fields: &FlowFields, masquerade: &[Address]) -> bool {
         self.remove_one(fields, masquerade, Direction::Request);
-        self.put(fields, masquerade, Direction::Reply, None).is_ok()
+        self.put(fields, masquerade, Direction::Reply, To::UsAtTheEnd).is_ok()
     }
 
     /// Has the program forget a flow of this level. Only for the holder of the flow table's lock, who then calls
@@ -327,17 +337,15 @@ impl Offload {
         self.places[record as usize].store(place, Relaxed);
     }
 
-    /// Tells the program what becomes of a direction's packets: they are counted at the place, or come to us.
-    fn put(
-        &self,
-        fields: &FlowFields,
-        masquerade: &[Address],
-        direction: Direction,
-        place: Option<u32>,
-    ) -> io::Result<()> {
+    /// Tells the program what becomes of a direction's packets.
+    fn put(&self, fields: &FlowFields, masquerade: &[Address], direction: Direction, to: To) -> io::Result<()> {
         let key = fields.key(direction, masquerade);
-        let flow = Flow::new(&key, &fields.translation(direction, masquerade), fields.endpoint_slot);
-        let flow = place.map_or(flow, |place| flow.carried(place, direction));
+        let flow = |to_us| Flow::new(&key, &fields.translation(direction, masquerade), fields.endpoint_slot, to_us);
+        let flow = match to {
+            To::Onward(place) => flow(maps::CARRIED).carried(place, direction),
+            To::Us => flow(maps::TO_US),
+            To::UsAtTheEnd => flow(maps::OVER),
+        };
         self.maps.flows.put(&Key::from(&key), &flow)
     }
 

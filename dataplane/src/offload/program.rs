@@ -4,7 +4,7 @@
 
 use std::mem::offset_of;
 
-use super::maps::{Carried, DIRECTION, Descriptors, Flow, Key, Traffic, Way};
+use super::maps::{Carried, DIRECTION, Descriptors, Flow, FlowTraffic, Key, OVER, TO_US, Traffic, Way};
 use crate::bpf::assembler::{
     Assembler, Atomic, If, Instruction, Label, Op, R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, STACK, Size,
 };
@@ -21,6 +21,7 @@ const SEGMENT_SIZE: i16 = 176;
 
 // Numbers of the kernel's functions (linux/bpf.h), and their flags.
 const MAP_LOOKUP: i32 = 1;
+const MAP_DELETE: i32 = 3;
 const CHANGE_CHECKSUM: i32 = 11;
 const REDIRECT: i32 = 23;
 const REDIRECT_TO_PEER: i32 = 155;
@@ -138,7 +139,7 @@ impl Writer<'_> {
     /// A packet of this family. R2: its data, of which a TCP header's length is there.
     fn family(&mut self, headers: &Headers) {
         let Ends { go_on, to_us, discard } = self.ends.expect("it is set first");
-        let icmp = self.code.label();
+        let (icmp, unknown) = (self.code.label(), self.code.label());
         let tcp_at = IP_AT + headers.ip;
         self.is_plain(headers, IP_AT, go_on);
         let code = &mut self.code;
@@ -148,7 +149,7 @@ impl Writer<'_> {
         self.key(headers, IP_AT, false);
         let code = &mut self.code;
         code.load(Size::Byte, R9, R2, tcp_at + 13);
-        self.flow(go_on);
+        self.flow(unknown);
         self.may_be_carried(to_us);
         let code = &mut self.code;
         // The way, while it is known.
@@ -198,8 +199,52 @@ impl Writer<'_> {
         code.at(to_peer);
         code.call(REDIRECT_TO_PEER);
         code.exit();
+        self.code.at(unknown);
+        self.forget_what_is_over(headers);
         self.code.at(icmp);
         self.error(headers);
+    }
+
+    /// A client's SYN to an endpoint itself. Where its port was that of a flow to this endpoint, now over, the replies are none of ours
+    /// any more. R9: flags of the segment.
+    fn forget_what_is_over(&mut self, headers: &Headers) {
+        let Ends { go_on, .. } = self.ends.expect("it is set first");
+        let is_over = self.code.label();
+        let code = &mut self.code;
+        code.op(Op::And, R9, SYN | ACK);
+        code.jump_if(R9, If::NotEqual, SYN, go_on);
+        self.data(IP_AT + headers.ip + TCP_LENGTH, go_on);
+        self.key(headers, IP_AT, true);
+        self.flow(go_on);
+        let code = &mut self.code;
+        code.load(Size::Word, R1, R7, offset_of!(Flow, to_us) as i16);
+        code.jump_if(R1, If::Equal, OVER as i32, is_over);
+        code.jump_if(R1, If::Equal, TO_US as i32, go_on);
+        self.traffic(go_on);
+        let code = &mut self.code;
+        for direction in [0, DIRECTION] {
+            let fin = offset_of!(FlowTraffic, directions) + direction + offset_of!(Traffic, fin);
+            code.load(Size::Word, R1, R0, fin as i16);
+            code.jump_if(R1, If::Equal, 0, go_on);
+        }
+        code.at(is_over);
+        code.op(Op::Move, R2, STACK);
+        code.op(Op::Add, R2, i32::from(KEY));
+        code.map(R1, self.maps.flows);
+        code.call(MAP_DELETE);
+        code.jump(go_on);
+    }
+
+    /// R0: what was seen of the flow.
+    fn traffic(&mut self, otherwise: Label) {
+        let code = &mut self.code;
+        code.load(Size::Word, R1, R7, offset_of!(Flow, traffic) as i16);
+        code.store(Size::Word, STACK, INDEX, R1);
+        code.op(Op::Move, R2, STACK);
+        code.op(Op::Add, R2, i32::from(INDEX));
+        code.map(R1, self.maps.traffic);
+        code.call(MAP_LOOKUP);
+        code.jump_if(R0, If::Equal, 0, otherwise);
     }
 
     /// Looks up what was seen of the flow. A RST comes to us, and so do a client's SYN, and what an endpoint says before it has
@@ -210,13 +255,8 @@ impl Writer<'_> {
         code.load(Size::Word, R1, R7, offset_of!(Flow, to_us) as i16);
         code.jump_if(R1, If::NotEqual, 0, to_us);
         code.store(Size::Double, STACK, FLAGS, R9);
-        code.load(Size::Word, R1, R7, offset_of!(Flow, traffic) as i16);
-        code.store(Size::Word, STACK, INDEX, R1);
-        code.op(Op::Move, R2, STACK);
-        code.op(Op::Add, R2, i32::from(INDEX));
-        code.map(R1, self.maps.traffic);
-        code.call(MAP_LOOKUP);
-        code.jump_if(R0, If::Equal, 0, to_us);
+        self.traffic(to_us);
+        let code = &mut self.code;
         code.store(Size::Double, STACK, TRAFFIC, R0);
         code.load(Size::Word, R3, R7, offset_of!(Flow, direction) as i16);
         code.op(Op::And, R3, DIRECTION as i32);
