@@ -10,7 +10,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
 use crate::config::{self, Config};
-use crate::host::{Host, LINK, Lacking, ways};
+use crate::host::{Host, LINK, Lacking, MARK_UNTRACKED, ways};
 
 /// The part of the daemon that follows links. With `packetPath: kernel` it does nothing.
 pub(crate) struct AtLinks {
@@ -55,10 +55,13 @@ impl AtLinks {
 
 fn offload(flow_capacity: usize) -> Result<Offload> {
     let tun = nix::net::if_::if_nametoindex(LINK).with_context(|| format!("the link {LINK} is gone"))?;
-    Offload::new(tun, flow_capacity).map_err(|error| match error.kind() {
+    let links = nix::net::if_::if_nameindex().context("cannot list the host's links")?;
+    let links = links.iter().map(nix::net::if_::Interface::index);
+    Offload::new(tun, MARK_UNTRACKED, flow_capacity, links).map_err(|error| match error.kind() {
         ErrorKind::PermissionDenied => {
             Lacking(format!("packetPath: offload needs CAP_BPF and CAP_NET_ADMIN: {error}")).into()
         }
+        ErrorKind::InvalidInput => Lacking(format!("packetPath: offload needs Linux 6.6 or later: {error}")).into(),
         _ => anyhow::Error::new(error).context("packetPath: offload: the kernel does not take the program"),
     })
 }

@@ -42,6 +42,8 @@ pub const TABLE_ALL: u32 = 5391;
 pub const TABLE_SERVICES: u32 = 5392;
 /// Mark of packets that belong to the packet path, under [`MARK_MASK`].
 pub const MARK: u32 = 0x51ce_0000;
+/// Mark of packets from our link that connection tracking leaves alone, since the kernel carries their connection.
+pub const MARK_UNTRACKED: u32 = 0x51cf_0000;
 /// The half of a mark that is ours.
 pub const MARK_MASK: u32 = 0xffff_0000;
 
@@ -215,10 +217,7 @@ impl Host {
             }
             return Ok(false);
         };
-        offload.follow(&ethernet.collect()).map_err(|error| match error.kind() {
-            ErrorKind::InvalidInput => Lacking(format!("packetPath: offload needs Linux 6.6 or later: {error}")).into(),
-            _ => anyhow::Error::new(error).context("packetPath: offload: a program cannot be attached to a link"),
-        })
+        offload.follow(&ethernet.collect()).context("packetPath: offload: a program cannot be attached to a link")
     }
 
     /// Leaves new connections to another service proxy: only these flows are ours from now on.

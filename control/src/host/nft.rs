@@ -11,7 +11,7 @@ use serde_json::Value;
 use sluice_dataplane::net::Family;
 
 use super::hand_over::HandOver;
-use super::{LINK, Lacking, MARK, MARK_MASK, Plan, sysctl, tool};
+use super::{LINK, Lacking, MARK, MARK_MASK, MARK_UNTRACKED, Plan, sysctl, tool};
 
 /// Name of our tables.
 pub(super) const TABLE: &str = "sluice";
@@ -209,7 +209,11 @@ fn ruleset(plan: &Plan, noted: &Noted, hand_over: &HandOver) -> String {
         Some(ours) => [ours, replies_only(plan)].concat(),
         None => chains.arriving,
     };
-    let untracked = [vec![format!("iif \"{LINK}\" goto from_us")], kept.clone(), arriving].concat();
+    let carried =
+        format!("meta mark and {mask} == {MARK_UNTRACKED:#010x} meta mark set meta mark and {rest} notrack accept");
+    let from_us = [plan.at_links.then_some(carried), Some("goto from_us".to_owned())];
+    let from_us = from_us.into_iter().flatten().map(|rule| format!("iif \"{LINK}\" {rule}")).collect();
+    let untracked = [from_us, kept.clone(), arriving].concat();
     chain("untracked", "filter hook prerouting priority raw", &untracked);
     let untracked_output = [kept, hand_over.take_own()].concat();
     chain("untracked_output", "filter hook output priority raw", &untracked_output);

@@ -26,6 +26,8 @@ use super::{LINK, TABLE_ALL, TABLE_SERVICES};
 const HOLDS_MS: u64 = 5_000;
 /// The same where packets go the kernel's way.
 const HOLDS_NO_WAY_MS: u64 = 500;
+/// The same where that is so only until the kernel has found its neighbour: the packet that asked has it look.
+const HOLDS_NO_NEIGHBOUR_MS: u64 = 20;
 /// Answers that are remembered, so that changes of neighbours can be told to them.
 const REMEMBERED: usize = 16_384;
 /// `RT_TABLE_DEFAULT`, `RT_TABLE_MAIN`, `RT_TABLE_LOCAL`.
@@ -96,11 +98,15 @@ struct Finder {
 impl Finder {
     /// Answers a question.
     async fn find(&mut self, address: IpAddr) {
-        let way = self.way(address).await.unwrap_or_else(|error| {
-            tracing::debug!(%address, error = format!("{error:#}"), "packets go the kernel's way");
-            None
-        });
-        let holds_ms = if way.is_some() { HOLDS_MS } else { HOLDS_NO_WAY_MS };
+        let (way, holds_ms) = match self.way(address).await {
+            Ok(Found::Way(way, neighbour)) => (Some((way, neighbour)), HOLDS_MS),
+            Ok(Found::NoNeighbour) => (None, HOLDS_NO_NEIGHBOUR_MS),
+            Ok(Found::Kernels) => (None, HOLDS_NO_WAY_MS),
+            Err(error) => {
+                tracing::debug!(%address, error = format!("{error:#}"), "packets go the kernel's way");
+                (None, HOLDS_NO_WAY_MS)
+            }
+        };
         if self.answered.len() >= REMEMBERED {
             self.forget_all();
         }
@@ -111,19 +117,21 @@ impl Finder {
         self.ways.answer(address, way.as_ref().map(|(way, _)| way), now_ms() + holds_ms);
     }
 
-    async fn way(&mut self, address: IpAddr) -> Result<Option<(Way, Neighbour)>> {
+    async fn way(&mut self, address: IpAddr) -> Result<Found> {
         if self.has_own_rules(Family::of(address)).await? {
-            return Ok(None);
+            return Ok(Found::Kernels);
         }
-        let Some(Next { link, hop, mtu }) = next(&self.route(address).await?, address) else { return Ok(None) };
-        let Some(ethernet) = self.ethernet(link).await? else { return Ok(None) };
-        let Some(mac) = self.neighbour(link, hop).await? else { return Ok(None) };
+        let Some(Next { link, hop, mtu }) = next(&self.route(address).await?, address) else {
+            return Ok(Found::Kernels);
+        };
+        let Some(ethernet) = self.ethernet(link).await? else { return Ok(Found::Kernels) };
+        let Some(mac) = self.neighbour(link, hop).await? else { return Ok(Found::NoNeighbour) };
         let mut header = [0; ETHERNET];
         header[..6].copy_from_slice(&mac);
         header[6..12].copy_from_slice(&ethernet.mac);
         header[12..].copy_from_slice(&ETHER_TYPES[usize::from(address.is_ipv6())]);
         let mtu = mtu.unwrap_or(u32::MAX).min(ethernet.mtu);
-        Ok(Some((Way { link, mtu, header, is_pair: ethernet.is_pair }, Neighbour { link, address: hop, mac })))
+        Ok(Found::Way(Way { link, mtu, header, is_pair: ethernet.is_pair }, Neighbour { link, address: hop, mac }))
     }
 
     /// The route that the kernel takes.
@@ -215,6 +223,15 @@ impl Finder {
         self.has_own_rules.clear();
         self.answered.clear();
     }
+}
+
+/// What was found of an address.
+enum Found {
+    Way(Way, Neighbour),
+    /// Its neighbour's hardware address is not known yet.
+    NoNeighbour,
+    /// Packets go the kernel's way.
+    Kernels,
 }
 
 /// Where a route leads.

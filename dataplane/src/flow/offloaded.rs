@@ -6,17 +6,21 @@ use std::sync::atomic::Ordering::Relaxed;
 use super::record::{Snapshot, Source};
 use super::table::Writer;
 use super::{FlowTable, Hit, State};
-use crate::net::{Direction, Protocol};
+use crate::net::Direction;
 use crate::offload::{Course, FlowTraffic, Level, Offload};
 
 impl FlowTable {
-    /// The same, with the kernel carrying what it can. It brings us the replies of all connections that go on.
+    /// The same, with the kernel carrying what it can. It brings us the replies of all connections that it carried for the last process.
     pub(crate) fn with_offload(mut self, offload: Option<Arc<Offload>>) -> Self {
         let Some(offload) = offload else { return self };
         self.offload = Some(Arc::clone(&offload));
-        let is_open = |hit: &Hit| hit.fields().request.protocol == Protocol::Tcp && !hit.state().is_finished();
-        for hit in (0..self.used() as u32).filter_map(|record| self.hit(record)).filter(is_open) {
-            offload.hold(hit.record, hit.fields(), self.masquerade());
+        for (record, life) in offload.known_before() {
+            if let Some(hit) = self.records.get(record as usize).and_then(|_| self.hit(record))
+                && life_of(&hit.snapshot) == life
+                && !hit.state().is_finished()
+            {
+                offload.hold(record, hit.fields(), self.masquerade());
+            }
         }
         self
     }

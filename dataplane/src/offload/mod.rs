@@ -27,8 +27,9 @@ use maps::{Flow, HARDWARE, Key, Maps};
 
 /// Most flows that are carried at a time; all others take the packet threads' way.
 const MOST_FLOWS: usize = 1 << 18;
-/// What our program is called.
+/// What our programs are called: the one at links, and the one at the TUN link.
 const NAME: &str = "sluice_offload";
+const MARKING: &str = "sluice_marking";
 
 /// How far a flow is the program's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -80,7 +81,8 @@ pub struct Offload {
     ways: Mutex<HashSet<IpAddr>>,
     /// Links that it is attached to.
     links: Mutex<BTreeSet<u32>>,
-    /// What the last process' program saw, once ours is in its place.
+    /// What the last process' program sees, while it is there; and what it saw, once ours is in its place.
+    before: Option<Region<FlowTraffic>>,
     inherited: Mutex<Option<Arc<Region<FlowTraffic>>>>,
     packets: AtomicU64,
 }
@@ -104,13 +106,17 @@ struct Free {
 }
 
 impl Offload {
-    /// Loads the program; it is attached nowhere yet. `tun`: number of the link of the packet threads; `flow_capacity`: most
-    /// flows. Fails with `PermissionDenied` without `CAP_BPF` and `CAP_NET_ADMIN`.
-    pub fn new(tun: u32, flow_capacity: usize) -> io::Result<Self> {
+    /// Loads the program; it is attached to no link but the TUN link. `tun`: number of that; `mark`: what marks packets from there that
+    /// connection tracking is to leave alone; `flow_capacity`: most flows; `links`: where the last process' program may be. Fails
+    /// with `PermissionDenied` without `CAP_BPF` and `CAP_NET_ADMIN`, with `InvalidInput` before Linux 6.6.
+    pub fn new(tun: u32, mark: u32, flow_capacity: usize, links: impl IntoIterator<Item = u32>) -> io::Result<Self> {
         let maps = Maps::new(flow_capacity.clamp(1, MOST_FLOWS) as u32)?;
         let code = program::program(&maps.descriptors(), tun);
         let program = bpf::load(ProgramKind::Classifier, &code, NAME)?;
         let (number, _) = bpf::identity(&program)?;
+        let marking = bpf::load(ProgramKind::Classifier, &program::marking(&maps.descriptors(), mark), MARKING)?;
+        put_at(tun, &marking, MARKING)?;
+        let before = links.into_iter().find_map(|link| ours(&bpf::attached(link).ok()?, NAME));
         Ok(Self {
             maps,
             program,
@@ -119,6 +125,7 @@ impl Offload {
             free: Mutex::default(),
             ways: Mutex::default(),
             links: Mutex::default(),
+            before: before.and_then(|before| maps::traffic_of(&before).ok()),
             inherited: Mutex::default(),
             packets: AtomicU64::new(0),
         })
@@ -133,12 +140,8 @@ impl Offload {
             let there = bpf::attached(*link)?;
             if !there.contains(&self.number) {
                 was_missing |= lock(&self.links).contains(link);
-                match ours(&there) {
-                    Some(other) => {
-                        bpf::replace(*link, &self.program, &other)?;
-                        before = Some(other);
-                    }
-                    None => bpf::attach(*link, &self.program)?,
+                if let Some(other) = put_at(*link, &self.program, NAME)? {
+                    before = Some(other);
                 }
             }
             attached.insert(*link);
@@ -165,6 +168,11 @@ impl Offload {
     pub fn totals(&self) -> (u64, u64) {
         let free = lock(&self.free);
         (self.packets.load(Relaxed), u64::from(free.used) - free.places.len() as u64)
+    }
+
+    /// The flows that the last process' program knew at the start: number of the record, and of its life.
+    pub(crate) fn known_before(&self) -> HashSet<(u32, u32)> {
+        self.before.iter().flat_map(|traffic| traffic.iter()).filter_map(FlowTraffic::owner).collect()
     }
 
     /// What was seen of endpoints' connections.
@@ -406,16 +414,26 @@ impl FlowTraffic {
 /// Takes our program, of whatever process, off a link. Returns whether it was there. Needs `CAP_SYS_ADMIN`.
 pub fn clear(link: u32) -> io::Result<bool> {
     let mut was_there = false;
-    while let Some(program) = ours(&bpf::attached(link)?) {
+    while let Some(program) = ours(&bpf::attached(link)?, NAME) {
         bpf::detach(link, &program)?;
         was_there = true;
     }
     Ok(was_there)
 }
 
+/// Attaches a program to a link, in place of another of this name, which is returned.
+fn put_at(link: u32, program: &OwnedFd, name: &str) -> io::Result<Option<OwnedFd>> {
+    let other = ours(&bpf::attached(link)?, name);
+    match &other {
+        Some(other) => bpf::replace(link, program, other)?,
+        None => bpf::attach(link, program)?,
+    }
+    Ok(other)
+}
+
 /// The first of these programs that is ours by name. Those that may not be looked at are not.
-fn ours(programs: &[u32]) -> Option<OwnedFd> {
-    let named = |program: &OwnedFd| bpf::identity(program).is_ok_and(|(_, name)| name == NAME);
+fn ours(programs: &[u32], name: &str) -> Option<OwnedFd> {
+    let named = |program: &OwnedFd| bpf::identity(program).is_ok_and(|(_, its)| its == name);
     programs.iter().filter_map(|number| bpf::program(*number).ok()).find(named)
 }
 
@@ -438,8 +456,10 @@ mod tests {
             Err(error) => panic!("{error}"),
         };
         let code = program::program(&maps.descriptors(), 1);
-        let loaded = bpf::load(ProgramKind::Classifier, &code, NAME);
-        assert!(loaded.is_ok(), "{}", bpf::verdict(ProgramKind::Classifier, &code));
-        assert_eq!(bpf::identity(&loaded.unwrap()).unwrap().1, NAME);
+        for code in [code, program::marking(&maps.descriptors(), 7)] {
+            let loaded = bpf::load(ProgramKind::Classifier, &code, NAME);
+            assert!(loaded.is_ok(), "{}", bpf::verdict(ProgramKind::Classifier, &code));
+            assert_eq!(bpf::identity(&loaded.unwrap()).unwrap().1, NAME);
+        }
     }
 }

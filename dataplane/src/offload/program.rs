@@ -14,6 +14,7 @@ use crate::packet_path::ETHERNET;
 // `struct __sk_buff` (linux/bpf.h): the packet as programs see it.
 const LENGTH: i16 = 0;
 const PACKET_TYPE: i16 = 4;
+const MARK: i16 = 8;
 const VLAN_PRESENT: i16 = 20;
 const DATA: i16 = 76;
 const DATA_END: i16 = 80;
@@ -85,6 +86,36 @@ const ICMP_LENGTH: i16 = 8;
 pub(super) fn program(maps: &Descriptors, tun: u32) -> Vec<Instruction> {
     let mut program = Writer { code: Assembler::default(), maps, ends: None };
     program.write(tun);
+    program.code.finish()
+}
+
+/// The program for what the TUN link brings: marks the segments of flows that the other program knows, so that connection tracking
+/// leaves them alone.
+pub(super) fn marking(maps: &Descriptors, mark: u32) -> Vec<Instruction> {
+    let mut program = Writer { code: Assembler::default(), maps, ends: None };
+    let (go_on, v6) = (program.code.label(), program.code.label());
+    program.code.op(Op::Move, R6, R1);
+    program.data(V4.ip + TCP_LENGTH, go_on);
+    program.code.load(Size::Byte, R1, R2, 0);
+    program.code.op(Op::ShiftRight, R1, 4);
+    program.code.jump_if(R1, If::Equal, 6, v6);
+    for (headers, label) in [(&V4, None), (&V6, Some(v6))] {
+        if let Some(label) = label {
+            program.code.at(label);
+            program.data(headers.ip + TCP_LENGTH, go_on);
+        }
+        program.is_plain(headers, 0, go_on);
+        program.code.load(Size::Byte, R1, R2, headers.protocol);
+        program.code.jump_if(R1, If::NotEqual, TCP, go_on);
+        // Known by its replies.
+        program.key(headers, 0, true);
+        program.flow(go_on);
+        program.code.store(Size::Word, R6, MARK, mark as i32);
+        program.code.jump(go_on);
+    }
+    program.code.at(go_on);
+    program.code.op(Op::Move, R0, GO_ON);
+    program.code.exit();
     program.code.finish()
 }
 

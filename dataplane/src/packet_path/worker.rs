@@ -112,6 +112,7 @@ impl Worker {
     ) -> Result<Action, Drop> {
         let key = packet.key(protocol);
         let found = self.shared.flows.find(&key);
+        let mut is_new = false;
         let hit = match found.map(|hit| (self.standing(&hit, tcp), hit)) {
             Some((Stands::GoesOn, hit)) => match tcp.filter(|_| hit.state() == State::Opening) {
                 Some(tcp) => match self.opening(hit, &tcp, now_ms)? {
@@ -124,7 +125,10 @@ impl Worker {
             over => {
                 over.inspect(|(_, over)| self.shared.flows.close(over));
                 match self.open(bytes, packet, &key, tcp, partial, now_ms)? {
-                    Opened::Flow(hit) => hit,
+                    Opened::Flow(hit) => {
+                        is_new = true;
+                        hit
+                    }
                     Opened::Not(action) => {
                         if action == Action::Send {
                             self.shared.fragments.keep(packet, Fate::Pass, now_ms);
@@ -141,7 +145,7 @@ impl Worker {
         match tcp {
             Some(tcp) => {
                 flows.see_tcp(&hit, &tcp, packet.length, now_ms);
-                self.offload(&hit, &tcp, now_ms);
+                self.offload(&hit, &tcp, is_new, now_ms);
             }
             None => flows.see_datagram(&hit, packet.length, now_ms),
         }
@@ -153,18 +157,22 @@ impl Worker {
         Ok(Action::Send)
     }
 
-    /// Has the kernel carry what it can of a connection: from its first packet on, or as soon as the ways to both ends are known.
-    fn offload(&self, hit: &Hit, tcp: &Tcp, now_ms: u64) {
+    /// Has the kernel carry what it can of a connection: from its first packet on, or as soon as the ways to both ends are known. One
+    /// that keeps the client's address and that connection tracking has seen stays there: it would never learn of its end.
+    fn offload(&self, hit: &Hit, tcp: &Tcp, is_new: bool, now_ms: u64) {
         let (flows, settings) = (&self.shared.flows, &self.shared.settings);
         let Some((ways, offload)) = settings.ways.as_ref().zip(settings.offload.as_ref()) else { return };
         let is_answered = match (hit.state(), hit.direction) {
-            (State::Opening, Direction::Request) if tcp.syn && !tcp.ack => false,
+            (State::Opening, Direction::Request) if is_new => false,
             (State::Opening, Direction::Reply) if tcp.syn && tcp.ack => true,
             (State::Established, _) if !tcp.syn && !tcp.fin && !tcp.rst => true,
             _ => return,
         };
         let fields = hit.fields();
-        if flows.offloaded(hit) != Level::Carried
+        let level = flows.offloaded(hit);
+        let is_tracked = fields.source == Source::Preserved && level == Level::None && !is_new;
+        if level != Level::Carried
+            && !is_tracked
             && let Some(to_endpoint) = ways.find(fields.endpoint, now_ms)
             && ways.find(fields.request.source, now_ms).is_some()
             && offload.is_at(to_endpoint.link)
