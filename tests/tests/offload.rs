@@ -173,6 +173,29 @@ fn what_is_carried_is_reset_when_its_endpoint_is_gone() {
     }
 }
 
+/// Ways hold for five seconds: a connection that begins later is carried all the same, once they are known again.
+#[test]
+fn connections_after_a_while_are_carried_too() {
+    if !can_run_in_namespaces("connections whose ways were known") {
+        return;
+    }
+    let cluster = cluster();
+    let kinds = [(&cluster.topology.client, 1), (&cluster.pods[2].pod.ns, 0)];
+    kinds.iter().for_each(|(ns, frontend)| ask_for_ways(ns, cluster.web(true)[*frontend]));
+    wait_until(&cluster, "closed", "sluice_offloaded_flows", 0.0);
+    for (ns, frontend) in kinds {
+        std::thread::sleep(Duration::from_secs(6));
+        let mut connection = open(ns, cluster.web(true)[frontend]);
+        for _ in 0..5 {
+            assert!(connection.get("/").unwrap().starts_with("web-"));
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        assert_eq!(cluster.metric("sluice_offloaded_flows").unwrap(), 1.0);
+        drop(connection);
+        wait_until(&cluster, "closed", "sluice_offloaded_flows", 0.0);
+    }
+}
+
 /// A client whose port was that of a connection by the Service dials the endpoint itself from it.
 #[test]
 fn what_is_over_does_not_stand_in_the_way_of_direct_connections() {

@@ -39,6 +39,15 @@ impl FlowTable {
         }
     }
 
+    /// Has the kernel bring us the replies of a TCP flow that has just begun.
+    pub(crate) fn hold(&self, hit: &Hit) {
+        let Some(offload) = &self.offload else { return };
+        let _writer = self.lock();
+        if offload.level(hit.record) == Level::None && self.now(hit).is_some() {
+            offload.hold(hit.record, hit.fields(), self.masquerade());
+        }
+    }
+
     /// How far a flow is the kernel's.
     pub(crate) fn offloaded(&self, hit: &Hit) -> Level {
         self.offload.as_ref().map_or(Level::None, |offload| offload.level(hit.record))

@@ -158,6 +158,12 @@ impl Ways {
         None
     }
 
+    /// How packets to this address left when that was last known; it may be so no longer.
+    pub(super) fn last(&self, address: Address) -> Option<Way> {
+        let words = address.words();
+        self.places_of(address).iter().find(|place| place.is_of(words)).and_then(|place| place.read(words))?.0
+    }
+
     /// Answers: packets to this address leave so, or the kernel's way, until then (milliseconds of the monotonic clock).
     pub fn answer(&self, address: IpAddr, way: Option<&Way>, until_ms: u64) {
         let address = Address::from(address);
@@ -230,7 +236,7 @@ mod tests {
         ways.answer(addresses[1], Some(&way(8)), 2_000);
         ways.answer(addresses[2], None, 2_000);
         assert_eq!([find(0, 1_999), find(1, 1_999), find(2, 1_999)], [Some(way(7)), Some(way(8)), None]);
-        assert_eq!(find(0, 2_000), None, "it is over");
+        assert_eq!((find(0, 2_000), ways.last(addresses[0].into())), (None, Some(way(7))), "it is over");
         ways.answer(addresses[0], Some(&way(9)), 3_000);
         assert_eq!(find(0, 2_000), Some(way(9)));
         ways.forget(addresses[0]);

@@ -17,6 +17,7 @@ use crate::packet_path::fragments::Fate;
 use crate::packet_path::held::Meets;
 use crate::packet_path::opening::Opening;
 use crate::packet_path::shared::Shared;
+use crate::packet_path::ways::Way;
 use crate::select::select;
 use crate::table::{Endpoint, RoutingTable, Standing};
 
@@ -170,14 +171,17 @@ impl Worker {
         };
         let fields = hit.fields();
         let level = flows.offloaded(hit);
-        let is_tracked = fields.source == Source::Preserved && level == Level::None && !is_new;
-        if level != Level::Carried
-            && !is_tracked
-            && let Some(to_endpoint) = ways.find(fields.endpoint, now_ms)
-            && ways.find(fields.request.source, now_ms).is_some()
-            && offload.is_at(to_endpoint.link)
-        {
+        let is_preserved = fields.source == Source::Preserved;
+        if level == Level::Carried || (is_preserved && level == Level::None && !is_new) {
+            return;
+        }
+        let (to_endpoint, to_client) = (ways.find(fields.endpoint, now_ms), ways.find(fields.request.source, now_ms));
+        let sees_replies = |way: &Way| offload.is_at(way.link);
+        if to_client.is_some() && to_endpoint.as_ref().is_some_and(sees_replies) {
             flows.carry(hit, is_answered);
+        } else if is_preserved && is_new && ways.last(fields.endpoint).as_ref().is_some_and(sees_replies) {
+            // It can be carried in a moment.
+            flows.hold(hit);
         }
     }
 
