@@ -144,16 +144,15 @@ impl FlowTable {
     /// Adds what the kernel saw of a flow to its record, before that is asked.
     pub(super) fn catch_up(&self, hit: &Hit) {
         if self.offloaded(hit) == Level::Carried {
-            self.is_caught_up(&mut self.lock(), hit);
+            self.caught_up(&mut self.lock(), hit);
         }
     }
 
-    /// The same for the holder of the lock. Always true.
-    pub(super) fn is_caught_up(&self, writer: &mut Writer, hit: &Hit) -> bool {
+    /// The same for the holder of the lock.
+    pub(super) fn caught_up(&self, writer: &mut Writer, hit: &Hit) {
         if self.now(hit).is_some() {
             self.absorb(writer, hit.record, &hit.snapshot);
         }
-        true
     }
 
     /// Adds what the kernel saw to the record of a flow that lives. Only one may at a time.

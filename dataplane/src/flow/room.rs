@@ -35,8 +35,7 @@ impl FlowTable {
         }
         for _ in 0..VICTIM_SEARCH {
             writer.hand = (writer.hand + 1) % writer.used;
-            if let Some(hit) = self.hit(writer.hand)
-                && self.is_caught_up(writer, &hit)
+            if let Some(hit) = self.hit(writer.hand).inspect(|hit| self.caught_up(writer, hit))
                 && self.may_push_out(&hit, now_ms)
             {
                 self.end(writer, &hit);

@@ -298,8 +298,7 @@ impl FlowTable {
         for _ in 0..most.min(writer.used as usize) {
             writer.hand = (writer.hand + 1) % writer.used;
             let record = writer.hand;
-            if let Some(hit) = self.hit(record)
-                && self.is_caught_up(&mut writer, &hit)
+            if let Some(hit) = self.hit(record).inspect(|hit| self.caught_up(&mut writer, hit))
                 && self.is_expired(&hit, now_ms as u32)
             {
                 self.end(&mut writer, &hit);

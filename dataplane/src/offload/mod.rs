@@ -32,8 +32,7 @@ const NAME: &str = "sluice_offload";
 const MARKING: &str = "sluice_marking";
 
 /// How far a flow is the program's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Level {
     /// It does not know it.
     None,
@@ -81,8 +80,8 @@ pub struct Offload {
     ways: Mutex<HashSet<IpAddr>>,
     /// Links that it is attached to.
     links: Mutex<BTreeSet<u32>>,
-    /// What the last process' program sees, while it is there; and what it saw, once ours is in its place.
-    before: Option<Region<FlowTraffic>>,
+    /// What the last process' program sees, at the start; and what it saw, once ours is in its place.
+    before: Mutex<Option<Region<FlowTraffic>>>,
     inherited: Mutex<Option<Arc<Region<FlowTraffic>>>>,
     packets: AtomicU64,
 }
@@ -125,7 +124,7 @@ impl Offload {
             free: Mutex::default(),
             ways: Mutex::default(),
             links: Mutex::default(),
-            before: before.and_then(|before| maps::traffic_of(&before).ok()),
+            before: Mutex::new(before.and_then(|before| maps::traffic_of(&before).ok())),
             inherited: Mutex::default(),
             packets: AtomicU64::new(0),
         })
@@ -170,9 +169,10 @@ impl Offload {
         (self.packets.load(Relaxed), u64::from(free.used) - free.places.len() as u64)
     }
 
-    /// The flows that the last process' program knew at the start: number of the record, and of its life.
+    /// The flows that the last process' program knew at the start, once: number of the record, and of its life.
     pub(crate) fn known_before(&self) -> HashSet<(u32, u32)> {
-        self.before.iter().flat_map(|traffic| traffic.iter()).filter_map(FlowTraffic::owner).collect()
+        let before = lock(&self.before).take();
+        before.iter().flat_map(|traffic| traffic.iter()).filter_map(FlowTraffic::owner).collect()
     }
 
     /// What was seen of endpoints' connections.
@@ -180,7 +180,7 @@ impl Offload {
         Arc::clone(&self.maps.endpoints)
     }
 
-    /// What the last process' program saw of flows, once: [`Offload::owner`] says whose each is.
+    /// What the last process' program saw of flows, once: [`FlowTraffic::owner`] says whose each is.
     pub(crate) fn take_inherited(&self) -> Option<Arc<Region<FlowTraffic>>> {
         lock(&self.inherited).take()
     }
@@ -232,7 +232,7 @@ impl Offload {
 
     /// How far a flow is the program's.
     pub(crate) fn level(&self, record: u32) -> Level {
-        match self.places[record as usize].load(Relaxed) {
+        match self.place(record) {
             NONE => Level::None,
             HELD => Level::Held,
             _ => Level::Carried,
@@ -241,12 +241,15 @@ impl Offload {
 
     /// What is seen of a flow, while it is carried.
     pub(crate) fn traffic(&self, record: u32) -> Option<&FlowTraffic> {
-        let place = self.places[record as usize].load(Relaxed).checked_sub(CARRIED)?;
+        let place = self.place(record).checked_sub(CARRIED)?;
         Some(&self.maps.traffic[place as usize])
     }
 
     /// Has the program bring us the replies of a TCP flow. Only for the holder of the flow table's lock. Returns whether it does.
     pub(crate) fn hold(&self, record: u32, fields: &FlowFields, masquerade: &[Address]) -> bool {
+        if record as usize >= self.places.len() {
+            return false;
+        }
         if let Err(error) = self.put(fields, masquerade, Direction::Reply, To::Us) {
             tracing::debug!(%error, "the kernel does not bring us the replies of a flow");
             return false;
@@ -264,6 +267,9 @@ impl Offload {
         masquerade: &[Address],
         is_answered: bool,
     ) -> bool {
+        if record as usize >= self.places.len() {
+            return false;
+        }
         let Some(place) = self.take_place() else { return false };
         self.maps.traffic[place as usize].begin(record, life, is_answered);
         // Replies first: none may pass by when requests do.
@@ -301,9 +307,10 @@ impl Offload {
             self.note_end(traffic, endpoint);
             traffic.owner.store(0, Relaxed);
         }
-        if let Some(place) = self.places[record as usize].swap(NONE, Relaxed).checked_sub(CARRIED) {
+        if let Some(place) = self.place(record).checked_sub(CARRIED) {
             lock(&self.free).places.push(place);
         }
+        self.set_place(record, NONE);
     }
 
     /// A flow that was released goes on being held.
@@ -339,6 +346,11 @@ impl Offload {
             free.used += u32::from(is_there);
             is_there.then_some(place)
         })
+    }
+
+    /// Records of an earlier process with a larger table are beyond ours.
+    fn place(&self, record: u32) -> u32 {
+        self.places.get(record as usize).map_or(NONE, |place| place.load(Relaxed))
     }
 
     fn set_place(&self, record: u32, place: u32) {
