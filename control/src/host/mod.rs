@@ -210,10 +210,11 @@ impl Host {
     /// Attaches what carries connections to these links; `looks`: takes away what an earlier process left, where nothing does.
     /// Returns whether others had changed it.
     fn carry_at(&self, links: &[Other], looks: bool) -> anyhow::Result<bool> {
-        let mut ethernet = links.iter().filter(|link| link.is_ethernet).map(|link| link.index);
+        let ethernet = links.iter().filter(|link| link.is_ethernet).map(|link| link.index);
         let Some(offload) = &self.offload else {
             if looks {
-                ethernet.try_for_each(|link| offload::clear(link).map(drop))?;
+                let ours = nix::net::if_::if_nametoindex(LINK);
+                ethernet.chain(ours).try_for_each(|link| offload::clear(link).map(drop))?;
             }
             return Ok(false);
         };

@@ -423,12 +423,15 @@ impl FlowTraffic {
     }
 }
 
-/// Takes our program, of whatever process, off a link. Returns whether it was there. Needs `CAP_SYS_ADMIN`.
+/// Takes our programs, of whatever process, off a link. Returns whether one was there. Needs `CAP_SYS_ADMIN`.
 pub fn clear(link: u32) -> io::Result<bool> {
     let mut was_there = false;
-    while let Some(program) = ours(&bpf::attached(link)?, NAME) {
-        bpf::detach(link, &program)?;
-        was_there = true;
+    for name in [NAME, MARKING] {
+        // A kernel that cannot attach them, or does not let us look, has none of ours.
+        while let Some(program) = bpf::attached(link).ok().and_then(|there| ours(&there, name)) {
+            bpf::detach(link, &program)?;
+            was_there = true;
+        }
     }
     Ok(was_there)
 }
