@@ -111,7 +111,7 @@ struct Element {
 }
 
 /// Has the kernel check a program and take it. Needs `CAP_BPF`, and `CAP_NET_ADMIN` for a classifier; a program that the kernel
-/// does not take is `InvalidInput` or `PermissionDenied`, for a reason that [`verdict`] tells.
+/// does not take is `InvalidInput` or `PermissionDenied`, for a reason that the kernel's log tells.
 pub(crate) fn load(kind: ProgramKind, program: &[Instruction], name: &str) -> io::Result<OwnedFd> {
     bpf_descriptor(PROG_LOAD, &mut loading(kind, program, name, &mut []))
 }
