@@ -16,7 +16,7 @@ impl FlowTable {
         self.offload = Some(Arc::clone(&offload));
         for (record, life) in offload.known_before() {
             if let Some(hit) = self.records.get(record as usize).and_then(|_| self.hit(record))
-                && life_of(&hit.snapshot) == life
+                && hit.snapshot.life() == life
                 && !hit.state().is_finished()
             {
                 offload.hold(record, hit.fields(), self.masquerade());
@@ -33,7 +33,7 @@ impl FlowTable {
             return;
         }
         let was_held = offload.level(hit.record) == Level::Held;
-        let life = (hit.record, life_of(&hit.snapshot));
+        let life = (hit.record, hit.snapshot.life());
         if !offload.carry(life, hit.fields(), self.masquerade(), is_answered) && was_held {
             offload.hold(hit.record, hit.fields(), self.masquerade());
         }
@@ -58,7 +58,7 @@ impl FlowTable {
         let Some(offload) = &self.offload else { return };
         let of_life = |(record, life): (u32, u32)| {
             let snapshot = self.records.get(record as usize)?.read()?;
-            (life_of(&snapshot) == life).then_some((record, snapshot))
+            (snapshot.life() == life).then_some((record, snapshot))
         };
         if let Some(inherited) = offload.take_inherited() {
             let _writer = self.lock();
@@ -116,7 +116,7 @@ impl FlowTable {
         let Some(offload) = &self.offload else { return snapshot };
         let Some(traffic) = offload.traffic(record) else { return snapshot };
         let course = traffic.course();
-        if traffic.owner() != Some((record, life_of(&snapshot))) {
+        if traffic.owner() != Some((record, snapshot.life())) {
             // The place has become another flow's meanwhile.
             return snapshot;
         }
@@ -133,12 +133,8 @@ impl FlowTable {
         if step(snapshot.state()) == snapshot.state() {
             return snapshot;
         }
-        let flow = &self.records[record as usize];
-        let before = flow.advance(snapshot.meta, step);
-        if before.is_some_and(|before| step(before).is_finished() && !before.is_finished()) {
-            self.slots.flow_finished(snapshot.fields.endpoint_slot);
-        }
-        flow.read().filter(|now| life_of(now) == life_of(&snapshot)).unwrap_or(snapshot)
+        self.step(record, &snapshot, step);
+        self.now(&Hit { record, snapshot, direction: Direction::Request }).unwrap_or(snapshot)
     }
 
     /// Adds what the kernel saw of a flow to its record, before that is asked.
@@ -179,15 +175,6 @@ impl FlowTable {
             }
         }
     }
-
-    /// The hit's flow now, if its life goes on.
-    fn now(&self, hit: &Hit) -> Option<Snapshot> {
-        self.records[hit.record as usize].read().filter(|now| life_of(now) == life_of(&hit.snapshot))
-    }
-}
-
-fn life_of(snapshot: &Snapshot) -> u32 {
-    (snapshot.meta >> 32) as u32
 }
 
 /// The state of a connection that was seen to come so far.

@@ -126,6 +126,11 @@ pub(super) struct Snapshot {
 }
 
 impl Snapshot {
+    /// Number of the record's life.
+    pub(super) fn life(&self) -> u32 {
+        (self.meta >> 32) as u32
+    }
+
     pub(super) fn state(&self) -> State {
         state_of(self.meta)
     }

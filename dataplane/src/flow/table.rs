@@ -372,7 +372,7 @@ impl FlowTable {
 
     pub(super) fn end(&self, writer: &mut Writer, hit: &Hit) {
         let record = &self.records[hit.record as usize];
-        let Some(now) = record.read().filter(|now| now.meta >> 32 == hit.snapshot.meta >> 32) else { return };
+        let Some(now) = self.now(hit) else { return };
         let fields = &now.fields;
         self.end_offload(writer, &now, hit.record);
         for direction in [Direction::Request, Direction::Reply] {
@@ -389,14 +389,29 @@ impl FlowTable {
 
     /// Takes a flow one step on, and tells its endpoint when that finishes it. Returns the state before, if it changed.
     pub(super) fn advance(&self, hit: &Hit, step: impl Fn(State) -> State) -> Option<State> {
-        let before = self.records[hit.record as usize].advance(hit.snapshot.meta, &step)?;
-        if step(before).is_finished() && !before.is_finished() {
-            self.slots.flow_finished(hit.fields().endpoint_slot);
-            if self.offloaded(hit) == Level::Carried {
-                self.take_back(&mut self.lock(), hit.record, &hit.snapshot);
+        let before = self.step(hit.record, &hit.snapshot, &step)?;
+        if step(before).is_finished() && self.offloaded(hit) == Level::Carried {
+            let mut writer = self.lock();
+            // Its record may be another flow's by now.
+            if self.now(hit).is_some() {
+                self.take_back(&mut writer, hit.record, &hit.snapshot);
             }
         }
         Some(before)
+    }
+
+    /// The same but for what the kernel has of it.
+    pub(super) fn step(&self, record: u32, snapshot: &Snapshot, step: impl Fn(State) -> State) -> Option<State> {
+        let before = self.records[record as usize].advance(snapshot.meta, &step)?;
+        if step(before).is_finished() && !before.is_finished() {
+            self.slots.flow_finished(snapshot.fields.endpoint_slot);
+        }
+        Some(before)
+    }
+
+    /// The hit's flow now, if its life goes on.
+    pub(super) fn now(&self, hit: &Hit) -> Option<Snapshot> {
+        self.records[hit.record as usize].read().filter(|now| now.life() == hit.snapshot.life())
     }
 
     fn hash_of(&self, entry: Entry) -> u64 {

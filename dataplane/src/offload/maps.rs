@@ -109,7 +109,6 @@ pub(super) struct Way {
 }
 
 /// What was seen of one direction of a flow.
-#[derive(Default)]
 #[repr(C)]
 pub(super) struct Traffic {
     /// Since it was last asked for.
@@ -131,7 +130,6 @@ pub(super) const DIRECTION: usize = size_of::<Traffic>();
 const _: () = assert!(DIRECTION.is_power_of_two());
 
 /// What was seen of a flow.
-#[derive(Default)]
 #[repr(C)]
 pub(crate) struct FlowTraffic {
     pub(super) directions: [Traffic; 2],
@@ -140,7 +138,6 @@ pub(crate) struct FlowTraffic {
 }
 
 /// What was seen of an endpoint's connections.
-#[derive(Default)]
 #[repr(C)]
 pub(crate) struct Carried {
     /// Connections of which both ends were seen to close, and which are still counted as active.

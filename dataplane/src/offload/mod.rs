@@ -82,7 +82,7 @@ pub struct Offload {
     links: Mutex<BTreeSet<u32>>,
     /// What the last process' program sees, at the start; and what it saw, once ours is in its place.
     before: Mutex<Option<Region<FlowTraffic>>>,
-    inherited: Mutex<Option<Arc<Region<FlowTraffic>>>>,
+    inherited: Mutex<Option<Region<FlowTraffic>>>,
     packets: AtomicU64,
 }
 
@@ -149,7 +149,7 @@ impl Offload {
         *lock(&self.links) = attached;
         if let Some(before) = before {
             match maps::traffic_of(&before) {
-                Ok(traffic) => *lock(&self.inherited) = Some(Arc::new(traffic)),
+                Ok(traffic) => *lock(&self.inherited) = Some(traffic),
                 Err(error) => tracing::warn!(%error, "what the last process' program saw of connections is not known"),
             }
         }
@@ -170,7 +170,7 @@ impl Offload {
     }
 
     /// The flows that the last process' program knew at the start, once: number of the record, and of its life.
-    pub(crate) fn known_before(&self) -> HashSet<(u32, u32)> {
+    pub(crate) fn known_before(&self) -> Vec<(u32, u32)> {
         let before = lock(&self.before).take();
         before.iter().flat_map(|traffic| traffic.iter()).filter_map(FlowTraffic::owner).collect()
     }
@@ -181,7 +181,7 @@ impl Offload {
     }
 
     /// What the last process' program saw of flows, once: [`FlowTraffic::owner`] says whose each is.
-    pub(crate) fn take_inherited(&self) -> Option<Arc<Region<FlowTraffic>>> {
+    pub(crate) fn take_inherited(&self) -> Option<Region<FlowTraffic>> {
         lock(&self.inherited).take()
     }
 

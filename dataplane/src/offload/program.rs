@@ -268,12 +268,17 @@ impl Writer<'_> {
 
     /// R0: what was seen of the flow.
     fn traffic(&mut self, otherwise: Label) {
+        self.element(self.maps.traffic, offset_of!(Flow, traffic), otherwise);
+    }
+
+    /// R0: the element of this array that a field of the flow numbers.
+    fn element(&mut self, array: i32, field: usize, otherwise: Label) {
         let code = &mut self.code;
-        code.load(Size::Word, R1, R7, offset_of!(Flow, traffic) as i16);
+        code.load(Size::Word, R1, R7, field as i16);
         code.store(Size::Word, STACK, INDEX, R1);
         code.op(Op::Move, R2, STACK);
         code.op(Op::Add, R2, i32::from(INDEX));
-        code.map(R1, self.maps.traffic);
+        code.map(R1, array);
         code.call(MAP_LOOKUP);
         code.jump_if(R0, If::Equal, 0, otherwise);
     }
@@ -425,14 +430,8 @@ impl Writer<'_> {
 
     /// Adds one to a count of the endpoint's.
     fn add_to_endpoint(&mut self, count: usize, otherwise: Label) {
+        self.element(self.maps.endpoints, offset_of!(Flow, endpoint), otherwise);
         let code = &mut self.code;
-        code.load(Size::Word, R1, R7, offset_of!(Flow, endpoint) as i16);
-        code.store(Size::Word, STACK, INDEX, R1);
-        code.op(Op::Move, R2, STACK);
-        code.op(Op::Add, R2, i32::from(INDEX));
-        code.map(R1, self.maps.endpoints);
-        code.call(MAP_LOOKUP);
-        code.jump_if(R0, If::Equal, 0, otherwise);
         code.op(Op::Move, R1, 1);
         code.atomic(Atomic::Add, Size::Word, R0, count as i16, R1);
     }
