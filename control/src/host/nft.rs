@@ -226,8 +226,13 @@ fn ruleset(plan: &Plan, noted: &Noted, hand_over: &HandOver) -> String {
     ]
     .concat();
     chain("marked", "filter hook prerouting priority mangle", &marked);
-    // Endpoints in the host's own namespace, and ICMP errors of the host itself.
-    let marked_output = [vec![most, bring_back, unplaced], chains.errors].concat();
+    // Endpoints in the host's own namespace, and ICMP errors of the host itself: also about what connection tracking left alone.
+    let about_carried = plan.families.iter().filter(|_| plan.at_links).map(|family| {
+        let (error, protocol_at) = (icmp_error(*family), QUOTED_AT + if *family == Family::V4 { 9 } else { 6 });
+        format!("{error} @th,{},8 6 ct state invalid meta mark set meta mark and {rest} or {ours}", protocol_at * 8)
+    });
+    let about_carried = about_carried.collect();
+    let marked_output = [vec![most, bring_back, unplaced], chains.errors, about_carried].concat();
     chain("marked_output", "route hook output priority mangle", &marked_output);
     let _ = write!(text, "  set {RESERVED} {{\n    type inet_service; flags interval; {elements}\n  }}\n");
     text.push_str(&hand_over.sets_and_chains());
@@ -263,9 +268,9 @@ struct Chains {
 impl Chains {
     /// Rules about Service ranges and about the node's own addresses: node ports, and the ports of masqueraded flows.
     fn own_ports(&mut self, plan: &Plan, family: Family) {
-        let ip = match family {
-            Family::V4 => "ip",
-            Family::V6 => "ip6",
+        let (ip, header) = match family {
+            Family::V4 => ("ip", 20),
+            Family::V6 => ("ip6", 40),
         };
         for range in plan.services.iter().filter(|range| Family::of(range.addr()) == family && !is_host(range)) {
             self.arriving.push(format!("{ip} daddr {range} notrack accept"));
@@ -277,22 +282,28 @@ impl Chains {
                 continue;
             }
             let ports = ports.join(", ");
-            let (icmp, types, quoted_port) = match family {
-                Family::V4 => ("icmp", "destination-unreachable, time-exceeded, parameter-problem", 8 + 20),
-                Family::V6 => {
-                    ("icmpv6", "destination-unreachable, packet-too-big, time-exceeded, parameter-problem", 8 + 40)
-                }
-            };
             let protocols = "meta l4proto { tcp, udp, sctp }";
             self.arriving.push(format!("{ip} daddr {address} {protocols} th dport {{ {ports} }} notrack accept"));
             self.leaving.push(format!("{ip} saddr {address} {protocols} th sport {{ {ports} }} notrack accept"));
             // The packet that an error quotes is one of ours: its source is this address with such a port.
             self.errors.push(format!(
-                "iif != \"{LINK}\" {ip} daddr {address} {icmp} type {{ {types} }} @th,{},16 {{ {ports} }} meta mark set meta mark and {:#010x} or {MARK:#010x}",
-                quoted_port * 8,
+                "iif != \"{LINK}\" {ip} daddr {address} {} @th,{},16 {{ {ports} }} meta mark set meta mark and {:#010x} or {MARK:#010x}",
+                icmp_error(family),
+                (QUOTED_AT + header) * 8,
                 !MARK_MASK
             ));
         }
+    }
+}
+
+/// Where an ICMP error quotes the packet that it is about.
+const QUOTED_AT: usize = 8;
+
+/// What matches an ICMP error.
+fn icmp_error(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "icmp type { destination-unreachable, time-exceeded, parameter-problem }",
+        Family::V6 => "icmpv6 type { destination-unreachable, packet-too-big, time-exceeded, parameter-problem }",
     }
 }
 
