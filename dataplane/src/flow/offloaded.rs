@@ -37,6 +37,27 @@ impl FlowTable {
         if !offload.carry(life, hit.fields(), self.masquerade(), is_answered) && was_held {
             offload.hold(hit.record, hit.fields(), self.masquerade());
         }
+        match self.now(hit).map(|now| now.state()) {
+            Some(State::HalfClosedByClient) => self.note_fin(hit, Direction::Request),
+            Some(State::HalfClosedByEndpoint) => self.note_fin(hit, Direction::Reply),
+            _ => {}
+        }
+    }
+
+    /// A FIN of this hit came to us. Whoever sees the other one is to know that it was the last.
+    pub(super) fn see_fin(&self, hit: &Hit) {
+        if self.offloaded(hit) == Level::Carried {
+            let _writer = self.lock();
+            self.note_fin(hit, hit.direction);
+        }
+    }
+
+    /// The same for the holder of the lock.
+    fn note_fin(&self, hit: &Hit, direction: Direction) {
+        let traffic = self.offload.as_ref().and_then(|offload| offload.traffic(hit.record));
+        if let Some(traffic) = traffic.filter(|_| self.now(hit).is_some()) {
+            traffic.note_fin(direction);
+        }
     }
 
     /// Has the kernel bring us the replies of a TCP flow that has just begun.

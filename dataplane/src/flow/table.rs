@@ -283,6 +283,9 @@ impl FlowTable {
             let expected = record.expected(hit.direction);
             self.advance(hit, |state| state.after_tcp(hit.direction, tcp, expected));
         }
+        if tcp.fin {
+            self.see_fin(hit);
+        }
     }
 
     /// Counts a datagram of the flow.

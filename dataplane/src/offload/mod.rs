@@ -400,6 +400,14 @@ impl FlowTraffic {
         (owner != 0).then_some((owner as u32, (owner >> 32) as u32))
     }
 
+    /// A FIN that the program did not see. Of two, the program counts the one that it sees last.
+    pub(crate) fn note_fin(&self, direction: Direction) {
+        if self.directions[direction.index()].fin.swap(1, Relaxed) == 0 {
+            // Where this is the second, the record says so.
+            let _ = self.directions[0].fins.compare_exchange(0, 1, Relaxed, Relaxed);
+        }
+    }
+
     /// How far the connection has come.
     pub(crate) fn course(&self) -> Course {
         let [request, reply] = &self.directions;
@@ -460,6 +468,22 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_fin_that_came_to_us_makes_the_programs_the_last() {
+        let traffic = Region::<FlowTraffic>::heap(1);
+        let [request, reply] = &traffic[0].directions;
+        traffic[0].note_fin(Direction::Reply);
+        traffic[0].note_fin(Direction::Reply);
+        assert_eq!((request.fins.load(Relaxed), reply.fin.load(Relaxed)), (1, 1), "a repeated one counts once");
+        // As the program does, before ours.
+        traffic[0].begin(7, 1, true);
+        request.fin.store(1, Relaxed);
+        request.fins.store(1, Relaxed);
+        traffic[0].note_fin(Direction::Reply);
+        assert_eq!(request.fins.load(Relaxed), 1, "two mean that the program has seen the last");
+        assert_eq!(traffic[0].course().fin, [true, true]);
+    }
 
     #[test]
     fn the_kernel_takes_the_program() {
