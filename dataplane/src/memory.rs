@@ -22,6 +22,8 @@ pub(crate) unsafe trait Plain: Send + Sync + 'static {}
 unsafe impl Plain for AtomicU32 {}
 // SAFETY: an atomic integer.
 unsafe impl Plain for AtomicU64 {}
+// SAFETY: without gaps, and each as the type says.
+unsafe impl<T: Plain, const N: usize> Plain for [T; N] {}
 // SAFETY: only atomic integers.
 unsafe impl Plain for crate::flow::Record {}
 // SAFETY: only atomic integers.
@@ -36,6 +38,8 @@ unsafe impl Plain for crate::table::EndpointCounters {}
 unsafe impl Plain for crate::table::PortCounters {}
 // SAFETY: only atomic integers.
 unsafe impl Plain for crate::select::AffinityEntry {}
+// SAFETY: only atomic integers.
+unsafe impl Plain for crate::offload::Flow {}
 // SAFETY: only atomic integers.
 unsafe impl Plain for crate::offload::FlowTraffic {}
 // SAFETY: only atomic integers.

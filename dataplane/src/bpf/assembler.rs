@@ -33,6 +33,7 @@ pub(crate) enum Size {
 pub(crate) enum Op {
     Add = 0x00,
     Sub = 0x10,
+    Multiply = 0x20,
     And = 0x50,
     ShiftLeft = 0x60,
     ShiftRight = 0x70,
@@ -160,6 +161,12 @@ impl Assembler {
             Operand::Register(by) => self.put(ALU_64 | BY_REGISTER | op as u8, to, by, 0, 0),
             Operand::Number(number) => self.put(ALU_64 | op as u8, to, R0, 0, number),
         }
+    }
+
+    /// `to = number`
+    pub(crate) fn wide(&mut self, to: Register, number: u64) {
+        self.put(LOAD_WIDE, to, R0, 0, number as u32 as i32);
+        self.code.push(Instruction { number: (number >> 32) as i32, ..Instruction::default() });
     }
 
     /// `to = the map that this process knows by this descriptor`

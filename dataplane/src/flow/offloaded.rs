@@ -32,10 +32,8 @@ impl FlowTable {
         if offload.level(hit.record) == Level::Carried || self.now(hit).is_none_or(|now| now.state().is_finished()) {
             return;
         }
-        let was_held = offload.level(hit.record) == Level::Held;
-        let life = (hit.record, hit.snapshot.life());
-        if !offload.carry(life, hit.fields(), self.masquerade(), is_answered) && was_held {
-            offload.hold(hit.record, hit.fields(), self.masquerade());
+        if offload.level(hit.record) == Level::Held || offload.hold(hit.record, hit.fields(), self.masquerade()) {
+            offload.carry((hit.record, hit.snapshot.life()), is_answered);
         }
         match self.now(hit).map(|now| now.state()) {
             Some(State::HalfClosedByClient) => self.note_fin(hit, Direction::Request),
@@ -107,28 +105,25 @@ impl FlowTable {
         let Some(offload) = self.offload.as_ref().filter(|offload| offload.level(record) == Level::Carried) else {
             return;
         };
-        let (fields, masquerade) = (&snapshot.fields, self.masquerade());
+        let fields = &snapshot.fields;
         // Nothing but the program tells replies to the client's own address from others.
-        let is_held = fields.source == Source::Preserved && offload.divert(fields, masquerade);
-        if !is_held {
-            offload.remove(Level::Carried, fields, masquerade);
+        let is_held = fields.source == Source::Preserved;
+        match is_held {
+            true => offload.divert(record),
+            false => offload.remove(record),
         }
         self.absorb(writer, record, snapshot);
-        offload.release(record, fields.endpoint_slot);
-        if is_held {
-            offload.set_held(record);
-        }
+        offload.release(record, fields.endpoint_slot, is_held);
     }
 
     /// The kernel forgets a flow.
     pub(super) fn end_offload(&self, writer: &mut Writer, snapshot: &Snapshot, record: u32) {
         let Some(offload) = &self.offload else { return };
-        let level = offload.level(record);
-        if level != Level::None {
-            offload.remove(level, &snapshot.fields, self.masquerade());
+        if offload.level(record) != Level::None {
+            offload.remove(record);
             self.settled(record, *snapshot);
             self.absorb(writer, record, snapshot);
-            offload.release(record, snapshot.fields.endpoint_slot);
+            offload.release(record, snapshot.fields.endpoint_slot, false);
         }
     }
 

@@ -1,4 +1,4 @@
-//! What the program and we share: flows, the ways of packets, and what was seen of them.
+//! What the program and we share beside flows: the ways of packets, and what was seen of them.
 
 use std::io;
 use std::net::IpAddr;
@@ -6,94 +6,16 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
+use super::flows::Flows;
 use crate::bpf::{self, Map, MapKind};
-use crate::flow::{Address, FlowKey};
+use crate::flow::Address;
 use crate::memory::Region;
-use crate::net::Direction;
-use crate::packet::Translation;
-use crate::packet::checksum::Change;
-use crate::table::{EndpointSlot, Slots};
+use crate::table::Slots;
 
 /// Most addresses with a known way.
 const WAYS: u32 = 16_384;
 /// Bytes of an Ethernet header without its type.
 pub(super) const HARDWARE: usize = 12;
-
-/// A TCP flow's packets of one direction.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(C)]
-pub(super) struct Key {
-    pub(super) source: [u8; 16],
-    pub(super) destination: [u8; 16],
-    pub(super) source_port: [u8; 2],
-    pub(super) destination_port: [u8; 2],
-}
-
-impl From<&FlowKey> for Key {
-    fn from(key: &FlowKey) -> Self {
-        Self {
-            source: key.source.bytes(),
-            destination: key.destination.bytes(),
-            source_port: key.source_port.to_be_bytes(),
-            destination_port: key.destination_port.to_be_bytes(),
-        }
-    }
-}
-
-/// [`Flow::to_us`]: the program carries it; all come to us; and the flow is over, so that the same packets may be of a connection
-/// that is none of ours.
-pub(super) const CARRIED: u32 = 0;
-pub(super) const TO_US: u32 = 1;
-pub(super) const OVER: u32 = 2;
-
-/// What becomes of them.
-#[derive(Clone, Copy, Debug)]
-#[repr(C)]
-pub(super) struct Flow {
-    pub(super) source: [u8; 16],
-    pub(super) destination: [u8; 16],
-    pub(super) source_port: [u8; 2],
-    pub(super) destination_port: [u8; 2],
-    /// What the change of addresses, and that of ports, does to a checksum: sums of words as they lie in memory, of 16 bits.
-    pub(super) address_change: u32,
-    pub(super) port_change: u32,
-    /// Where they are counted: the place, and the direction's part of it.
-    pub(super) traffic: u32,
-    pub(super) direction: u32,
-    /// Where their endpoint is.
-    pub(super) endpoint: u32,
-    /// Whether all of them come to us.
-    pub(super) to_us: u32,
-}
-
-impl Flow {
-    /// One that is not carried.
-    pub(super) fn new(key: &FlowKey, to: &Translation, endpoint: EndpointSlot, to_us: u32) -> Self {
-        let (mut addresses, mut ports) = (Change::default(), Change::default());
-        addresses.replace(&key.source.bytes(), &to.source.bytes());
-        addresses.replace(&key.destination.bytes(), &to.destination.bytes());
-        ports.replace_word(key.source_port, to.source_port);
-        ports.replace_word(key.destination_port, to.destination_port);
-        let in_memory = |change: Change| u32::from(u16::from_ne_bytes(change.folded().to_be_bytes()));
-        Self {
-            source: to.source.bytes(),
-            destination: to.destination.bytes(),
-            source_port: to.source_port.to_be_bytes(),
-            destination_port: to.destination_port.to_be_bytes(),
-            address_change: in_memory(addresses),
-            port_change: in_memory(ports),
-            traffic: 0,
-            direction: 0,
-            endpoint: endpoint.0,
-            to_us,
-        }
-    }
-
-    /// The same, carried and counted here.
-    pub(super) fn carried(self, traffic: u32, direction: Direction) -> Self {
-        Self { traffic, direction: (direction.index() * DIRECTION) as u32, to_us: CARRIED, ..self }
-    }
-}
 
 /// How packets to an address leave.
 #[derive(Clone, Copy, Debug)]
@@ -148,20 +70,12 @@ pub(crate) struct Carried {
 
 /// The maps.
 pub(super) struct Maps {
-    pub(super) flows: Map<Key, Flow>,
+    pub(super) flows: Flows,
     pub(super) ways: Map<[u8; 16], Way>,
     traffic_map: Map<u32, FlowTraffic>,
     endpoints_map: Map<u32, Carried>,
     pub(super) traffic: Region<FlowTraffic>,
     pub(super) endpoints: Arc<Region<Carried>>,
-}
-
-/// The maps as a program names them.
-pub(super) struct Descriptors {
-    pub(super) flows: i32,
-    pub(super) ways: i32,
-    pub(super) traffic: i32,
-    pub(super) endpoints: i32,
 }
 
 /// What the map is called that says what was seen of flows.
@@ -173,7 +87,7 @@ impl Maps {
         let traffic_map = Map::new(MapKind::Array, flows, TRAFFIC)?;
         let endpoints_map = Map::new(MapKind::Array, Slots::CAPACITY, "sluice_endpoint")?;
         Ok(Self {
-            flows: Map::new(MapKind::Hash, 2 * flows, "sluice_flows")?,
+            flows: Flows::new(2 * flows)?,
             ways: Map::new(MapKind::Hash, WAYS, "sluice_ways")?,
             traffic: Region::of_kernel(traffic_map.descriptor(), flows as usize)?,
             endpoints: Arc::new(Region::of_kernel(endpoints_map.descriptor(), Slots::CAPACITY as usize)?),
@@ -182,13 +96,9 @@ impl Maps {
         })
     }
 
-    pub(super) fn descriptors(&self) -> Descriptors {
-        Descriptors {
-            flows: self.flows.descriptor().as_raw_fd(),
-            ways: self.ways.descriptor().as_raw_fd(),
-            traffic: self.traffic_map.descriptor().as_raw_fd(),
-            endpoints: self.endpoints_map.descriptor().as_raw_fd(),
-        }
+    /// The descriptors of the arrays of traffic, and of endpoints.
+    pub(super) fn arrays(&self) -> [i32; 2] {
+        [self.traffic_map.descriptor(), self.endpoints_map.descriptor()].map(AsRawFd::as_raw_fd)
     }
 }
 

@@ -6,10 +6,11 @@
 //! when this process dies: then it goes on with what it knows until the next process puts its own program in its place, and
 //! reads what the last one saw.
 
+mod flows;
 mod maps;
 mod program;
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashSet, VecDeque};
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
@@ -22,11 +23,14 @@ use crate::memory::Region;
 use crate::net::Direction;
 use crate::packet_path::Way;
 use crate::table::EndpointSlot;
+pub(crate) use flows::Flow;
 pub(crate) use maps::{Carried, FlowTraffic};
-use maps::{Flow, HARDWARE, Key, Maps};
+use maps::{HARDWARE, Maps};
 
-/// Most flows that are carried at a time; all others take the packet threads' way.
-const MOST_FLOWS: usize = 1 << 18;
+/// Most flows that the program knows at a time, whose memory is taken at the start; all others take the packet threads' way.
+const MOST_FLOWS: usize = 1 << 17;
+/// A place is another flow's only after so many others were: the program may be looking at it still.
+const RESTING: usize = 1024;
 /// What our programs are called: the one at links, and the one at the TUN link.
 const NAME: &str = "sluice_offload";
 const MARKING: &str = "sluice_marking";
@@ -63,17 +67,15 @@ pub(crate) struct Course {
     pub(crate) fin: [bool; 2],
 }
 
-/// What is in [`Offload::places`] of a flow that is not carried; the others have two and more, and that much less is their place.
+/// What is in [`Offload::places`] of a flow that the program does not know; else twice its place, and whether it is carried.
 const NONE: u32 = 0;
-const HELD: u32 = 1;
-const CARRIED: u32 = 2;
 
 /// The program and its maps.
 pub struct Offload {
     maps: Maps,
     program: OwnedFd,
     number: u32,
-    /// By record number: how far the flow is the program's, and where it is counted.
+    /// By record number: how far the flow is the program's, and its place: where it is counted, and half the number of its first entry.
     places: Region<AtomicU32>,
     free: Mutex<Free>,
     /// Addresses whose ways it knows.
@@ -84,23 +86,15 @@ pub struct Offload {
     before: Mutex<Option<Region<FlowTraffic>>>,
     inherited: Mutex<Option<Region<FlowTraffic>>>,
     packets: AtomicU64,
-}
-
-/// What becomes of a direction's packets.
-#[derive(Clone, Copy)]
-enum To {
-    /// They are carried, and counted at this place.
-    Onward(u32),
-    Us,
-    /// The same, of a flow that is over.
-    UsAtTheEnd,
+    /// Flows that are carried.
+    carried: AtomicU32,
 }
 
 /// Places that no flow has.
 #[derive(Default)]
 struct Free {
-    places: Vec<u32>,
-    /// Places ever used.
+    places: VecDeque<u32>,
+    /// Places ever used; the first is none.
     used: u32,
 }
 
@@ -110,10 +104,10 @@ impl Offload {
     /// with `PermissionDenied` without `CAP_BPF` and `CAP_NET_ADMIN`, with `InvalidInput` before Linux 6.6.
     pub fn new(tun: u32, mark: u32, flow_capacity: usize, links: impl IntoIterator<Item = u32>) -> io::Result<Self> {
         let maps = Maps::new(flow_capacity.clamp(1, MOST_FLOWS) as u32)?;
-        let code = program::program(&maps.descriptors(), tun);
+        let code = program::program(&maps, tun);
         let program = bpf::load(ProgramKind::Classifier, &code, NAME)?;
         let (number, _) = bpf::identity(&program)?;
-        let marking = bpf::load(ProgramKind::Classifier, &program::marking(&maps.descriptors(), mark), MARKING)?;
+        let marking = bpf::load(ProgramKind::Classifier, &program::marking(&maps, mark), MARKING)?;
         put_at(tun, &marking, MARKING)?;
         let before = links.into_iter().find_map(|link| ours(&bpf::attached(link).ok()?, NAME));
         Ok(Self {
@@ -127,6 +121,7 @@ impl Offload {
             before: Mutex::new(before.and_then(|before| maps::traffic_of(&before).ok())),
             inherited: Mutex::default(),
             packets: AtomicU64::new(0),
+            carried: AtomicU32::new(0),
         })
     }
 
@@ -165,8 +160,7 @@ impl Offload {
 
     /// Packets that the program sent on so far, as far as they were counted, and flows that it carries.
     pub fn totals(&self) -> (u64, u64) {
-        let free = lock(&self.free);
-        (self.packets.load(Relaxed), u64::from(free.used) - free.places.len() as u64)
+        (self.packets.load(Relaxed), u64::from(self.carried.load(Relaxed)))
     }
 
     /// The flows that the last process' program knew at the start, once: number of the record, and of its life.
@@ -234,88 +228,82 @@ impl Offload {
     pub(crate) fn level(&self, record: u32) -> Level {
         match self.place(record) {
             NONE => Level::None,
-            HELD => Level::Held,
+            place if place & 1 == 0 => Level::Held,
             _ => Level::Carried,
         }
     }
 
     /// What is seen of a flow, while it is carried.
     pub(crate) fn traffic(&self, record: u32) -> Option<&FlowTraffic> {
-        let place = self.place(record).checked_sub(CARRIED)?;
-        Some(&self.maps.traffic[place as usize])
+        let place = self.place(record);
+        (place & 1 == 1).then(|| &self.maps.traffic[place as usize / 2])
     }
 
-    /// Has the program bring us the replies of a TCP flow. Only for the holder of the flow table's lock. Returns whether it does.
+    /// Has the program bring us the replies of a TCP flow that it does not know. Only for the holder of the flow table's lock. Returns
+    /// whether it does.
     pub(crate) fn hold(&self, record: u32, fields: &FlowFields, masquerade: &[Address]) -> bool {
-        if record as usize >= self.places.len() {
-            return false;
+        let has_cell = (record as usize) < self.places.len();
+        let Some(place) = has_cell.then(|| self.take_place()).flatten() else { return false };
+        for direction in [Direction::Request, Direction::Reply] {
+            let (key, to) = (fields.key(direction, masquerade), fields.translation(direction, masquerade));
+            self.maps.flows.write(entry(place, direction), &key, &to, (place, direction), fields.endpoint_slot);
+            self.maps.flows.set_fate(entry(place, direction), flows::TO_US);
         }
-        if let Err(error) = self.put(fields, masquerade, Direction::Reply, To::Us) {
-            tracing::debug!(%error, "the kernel does not bring us the replies of a flow");
-            return false;
+        let is_found = self.maps.flows.enter(entry(place, Direction::Reply));
+        match is_found {
+            true => self.set_place(record, 2 * place),
+            false => self.give_back(place),
         }
-        self.set_place(record, HELD);
-        true
+        is_found
     }
 
-    /// Has the program carry a TCP flow of this life; `is_answered`: its endpoint has accepted it. Only for the holder of the flow
-    /// table's lock. Returns whether it does.
-    pub(crate) fn carry(
-        &self,
-        (record, life): (u32, u32),
-        fields: &FlowFields,
-        masquerade: &[Address],
-        is_answered: bool,
-    ) -> bool {
-        if record as usize >= self.places.len() {
-            return false;
-        }
-        let Some(place) = self.take_place() else { return false };
+    /// Has the program carry a TCP flow of this life that is held; `is_answered`: its endpoint has accepted it. Only for the holder of the
+    /// flow table's lock.
+    pub(crate) fn carry(&self, (record, life): (u32, u32), is_answered: bool) {
+        let place = self.place(record) / 2;
         self.maps.traffic[place as usize].begin(record, life, is_answered);
-        // Replies first: none may pass by when requests do.
-        let done = [Direction::Reply, Direction::Request]
-            .into_iter()
-            .try_for_each(|direction| self.put(fields, masquerade, direction, To::Onward(place)));
-        self.set_place(record, place + CARRIED);
-        if let Err(error) = &done {
-            tracing::debug!(%error, "a flow is not carried by the kernel");
-            self.remove(Level::Carried, fields, masquerade);
-            self.release(record, fields.endpoint_slot);
+        // Requests are not found yet: none may be carried before replies are.
+        for direction in [Direction::Reply, Direction::Request] {
+            self.maps.flows.set_fate(entry(place, direction), flows::CARRIED);
         }
-        done.is_ok()
+        if self.maps.flows.enter(entry(place, Direction::Request)) {
+            self.carried.fetch_add(1, Relaxed);
+            self.set_place(record, 2 * place + 1);
+        } else {
+            self.maps.flows.set_fate(entry(place, Direction::Reply), flows::TO_US);
+        }
     }
 
-    /// Has the replies of a flow that was carried and is over come to us. Only for the holder of the flow table's lock, who then
+    /// A flow that was carried is over; its replies come to us as yet. Only for the holder of the flow table's lock, who then
     /// calls [`Offload::release`].
-    pub(crate) fn divert(&self, fields: &FlowFields, masquerade: &[Address]) -> bool {
-        self.remove_one(fields, masquerade, Direction::Request);
-        self.put(fields, masquerade, Direction::Reply, To::UsAtTheEnd).is_ok()
+    pub(crate) fn divert(&self, record: u32) {
+        let place = self.place(record) / 2;
+        self.maps.flows.leave(entry(place, Direction::Request));
+        self.maps.flows.set_over(entry(place, Direction::Reply));
     }
 
-    /// Has the program forget a flow of this level. Only for the holder of the flow table's lock, who then calls
+    /// Has the program forget a flow that it knows. Only for the holder of the flow table's lock, who then calls
     /// [`Offload::release`].
-    pub(crate) fn remove(&self, level: Level, fields: &FlowFields, masquerade: &[Address]) {
-        if level == Level::Carried {
-            self.remove_one(fields, masquerade, Direction::Request);
+    pub(crate) fn remove(&self, record: u32) {
+        let place = self.place(record) / 2;
+        for direction in [Direction::Request, Direction::Reply] {
+            self.maps.flows.leave(entry(place, direction));
         }
-        self.remove_one(fields, masquerade, Direction::Reply);
     }
 
-    /// The flow is not the program's any more. Only for the holder of the flow table's lock.
-    pub(crate) fn release(&self, record: u32, endpoint: EndpointSlot) {
+    /// The flow is not carried any more; `is_held`: the program knows it still. Only for the holder of the flow table's lock.
+    pub(crate) fn release(&self, record: u32, endpoint: EndpointSlot, is_held: bool) {
+        let place = self.place(record) / 2;
         if let Some(traffic) = self.traffic(record) {
             self.note_end(traffic, endpoint);
             traffic.owner.store(0, Relaxed);
+            self.carried.fetch_sub(1, Relaxed);
         }
-        if let Some(place) = self.place(record).checked_sub(CARRIED) {
-            lock(&self.free).places.push(place);
+        if is_held {
+            return self.set_place(record, 2 * place);
         }
         self.set_place(record, NONE);
-    }
-
-    /// A flow that was released goes on being held.
-    pub(crate) fn set_held(&self, record: u32) {
-        self.set_place(record, HELD);
+        self.give_back(place);
     }
 
     /// The flow is known to be over: it is not to be taken off the endpoint's active ones any more, if the program did so.
@@ -332,20 +320,22 @@ impl Offload {
 
     /// The flows of which something was seen since it was last asked for: number of the record, and of its life.
     pub(crate) fn seen(&self) -> impl Iterator<Item = (u32, u32)> {
-        let free = lock(&self.free);
-        let used = if free.places.len() == free.used as usize { 0 } else { free.used as usize };
-        drop(free);
+        let used = if self.carried.load(Relaxed) == 0 { 0 } else { lock(&self.free).used as usize + 1 };
         self.maps.traffic[..used].iter().filter(|traffic| traffic.has_news()).filter_map(FlowTraffic::owner)
     }
 
     fn take_place(&self) -> Option<u32> {
         let mut free = lock(&self.free);
-        free.places.pop().or_else(|| {
-            let place = free.used;
-            let is_there = (place as usize) < self.maps.traffic.len();
-            free.used += u32::from(is_there);
-            is_there.then_some(place)
-        })
+        let is_new = (free.used as usize) + 1 < self.maps.traffic.len();
+        if is_new && free.places.len() <= RESTING {
+            free.used += 1;
+            return Some(free.used);
+        }
+        free.places.pop_front()
+    }
+
+    fn give_back(&self, place: u32) {
+        lock(&self.free).places.push_back(place);
     }
 
     /// Records of an earlier process with a larger table are beyond ours.
@@ -356,24 +346,11 @@ impl Offload {
     fn set_place(&self, record: u32, place: u32) {
         self.places[record as usize].store(place, Relaxed);
     }
+}
 
-    /// Tells the program what becomes of a direction's packets.
-    fn put(&self, fields: &FlowFields, masquerade: &[Address], direction: Direction, to: To) -> io::Result<()> {
-        let key = fields.key(direction, masquerade);
-        let flow = |to_us| Flow::new(&key, &fields.translation(direction, masquerade), fields.endpoint_slot, to_us);
-        let flow = match to {
-            To::Onward(place) => flow(maps::CARRIED).carried(place, direction),
-            To::Us => flow(maps::TO_US),
-            To::UsAtTheEnd => flow(maps::OVER),
-        };
-        self.maps.flows.put(&Key::from(&key), &flow)
-    }
-
-    fn remove_one(&self, fields: &FlowFields, masquerade: &[Address], direction: Direction) {
-        if let Err(error) = self.maps.flows.remove(&Key::from(&fields.key(direction, masquerade))) {
-            tracing::error!(%error, "the kernel keeps a flow that is over");
-        }
-    }
+/// The number of a direction's entry.
+fn entry(place: u32, direction: Direction) -> u32 {
+    2 * place + direction.index() as u32
 }
 
 impl FlowTraffic {
@@ -494,8 +471,8 @@ mod tests {
             }
             Err(error) => panic!("{error}"),
         };
-        let code = program::program(&maps.descriptors(), 1);
-        for code in [code, program::marking(&maps.descriptors(), 7)] {
+        let code = program::program(&maps, 1);
+        for code in [code, program::marking(&maps, 7)] {
             let loaded = bpf::load(ProgramKind::Classifier, &code, NAME);
             assert!(loaded.is_ok(), "{}", bpf::verdict(ProgramKind::Classifier, &code));
             assert_eq!(bpf::identity(&loaded.unwrap()).unwrap().1, NAME);

@@ -3,8 +3,10 @@
 //! of these flows are that have no way. Packets of others go on as if the program were not there.
 
 use std::mem::offset_of;
+use std::os::fd::AsRawFd;
 
-use super::maps::{Carried, DIRECTION, Descriptors, Flow, FlowTraffic, Key, OVER, TO_US, Traffic, Way};
+use super::flows::{CARRIED, Ends, Flow, NOT_OURS, OVER};
+use super::maps::{Carried, DIRECTION, FlowTraffic, Maps, Traffic, Way};
 use crate::bpf::assembler::{
     Assembler, Atomic, If, Instruction, Label, Op, R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, STACK, Size,
 };
@@ -22,7 +24,6 @@ const SEGMENT_SIZE: i16 = 176;
 
 // Numbers of the kernel's functions (linux/bpf.h), and their flags.
 const MAP_LOOKUP: i32 = 1;
-const MAP_DELETE: i32 = 3;
 const CHANGE_CHECKSUM: i32 = 11;
 const REDIRECT: i32 = 23;
 const REDIRECT_TO_PEER: i32 = 155;
@@ -48,8 +49,8 @@ const HOPS: i32 = 2;
 const HOPS_CHECKSUM: i32 = 0xffff - u16::from_ne_bytes([HOPS as u8, 0]) as i32;
 
 /// Where the key lies on the stack, in whole words of 64 bits, and other things.
-const KEY: i16 = -(size_of::<Key>().next_multiple_of(8) as i16);
-const INDEX: i16 = KEY - 4;
+pub(super) const KEY: i16 = -(size_of::<Ends>().next_multiple_of(8) as i16);
+pub(super) const INDEX: i16 = KEY - 4;
 const ACKNOWLEDGED: i16 = KEY - 8;
 /// Flags of the segment.
 const FLAGS: i16 = KEY - 16;
@@ -83,16 +84,16 @@ const TCP_LENGTH: i16 = 20;
 const ICMP_LENGTH: i16 = 8;
 
 /// The program for these maps and this TUN link.
-pub(super) fn program(maps: &Descriptors, tun: u32) -> Vec<Instruction> {
-    let mut program = Writer { code: Assembler::default(), maps, ends: None };
+pub(super) fn program(maps: &Maps, tun: u32) -> Vec<Instruction> {
+    let mut program = Writer { code: Assembler::default(), maps, exits: None };
     program.write(tun);
     program.code.finish()
 }
 
 /// The program for what the TUN link brings: marks the segments of flows that the other program knows, so that connection tracking
 /// leaves them alone.
-pub(super) fn marking(maps: &Descriptors, mark: u32) -> Vec<Instruction> {
-    let mut program = Writer { code: Assembler::default(), maps, ends: None };
+pub(super) fn marking(maps: &Maps, mark: u32) -> Vec<Instruction> {
+    let mut program = Writer { code: Assembler::default(), maps, exits: None };
     let (go_on, v6) = (program.code.label(), program.code.label());
     program.code.op(Op::Move, R6, R1);
     program.data(V4.ip + TCP_LENGTH, go_on);
@@ -121,55 +122,55 @@ pub(super) fn marking(maps: &Descriptors, mark: u32) -> Vec<Instruction> {
 
 /// Where a packet's handling ends.
 #[derive(Clone, Copy)]
-struct Ends {
+struct Exits {
     go_on: Label,
     to_us: Label,
     discard: Label,
 }
 
-struct Writer<'m> {
-    code: Assembler,
-    maps: &'m Descriptors,
-    ends: Option<Ends>,
+pub(super) struct Writer<'m> {
+    pub(super) code: Assembler,
+    pub(super) maps: &'m Maps,
+    exits: Option<Exits>,
 }
 
 impl Writer<'_> {
     /// Registers: R6 the packet, R7 its flow, R8 its way, R9 what a part needs for a while.
     fn write(&mut self, tun: u32) {
-        let ends = Ends { go_on: self.code.label(), to_us: self.code.label(), discard: self.code.label() };
+        let exits = Exits { go_on: self.code.label(), to_us: self.code.label(), discard: self.code.label() };
         let v6 = self.code.label();
-        self.ends = Some(ends);
+        self.exits = Some(exits);
         let code = &mut self.code;
         code.op(Op::Move, R6, R1);
         code.load(Size::Word, R1, R6, PACKET_TYPE);
-        code.jump_if(R1, If::NotEqual, FOR_THIS_HOST, ends.go_on);
+        code.jump_if(R1, If::NotEqual, FOR_THIS_HOST, exits.go_on);
         code.load(Size::Word, R1, R6, VLAN_PRESENT);
-        code.jump_if(R1, If::NotEqual, 0, ends.go_on);
-        self.data(IP_AT + V4.ip + TCP_LENGTH, ends.go_on);
+        code.jump_if(R1, If::NotEqual, 0, exits.go_on);
+        self.data(IP_AT + V4.ip + TCP_LENGTH, exits.go_on);
         self.code.load(Size::Half, R1, R2, IP_AT - 2);
         self.code.jump_if(R1, If::Equal, wire(0x86dd), v6);
-        self.code.jump_if(R1, If::NotEqual, wire(0x0800), ends.go_on);
+        self.code.jump_if(R1, If::NotEqual, wire(0x0800), exits.go_on);
         self.family(&V4);
         self.code.at(v6);
-        self.data(IP_AT + V6.ip + TCP_LENGTH, ends.go_on);
+        self.data(IP_AT + V6.ip + TCP_LENGTH, exits.go_on);
         self.family(&V6);
         let code = &mut self.code;
-        code.at(ends.to_us);
+        code.at(exits.to_us);
         code.op(Op::Move, R1, tun as i32);
         code.op(Op::Move, R2, 0);
         code.call(REDIRECT);
         code.exit();
-        code.at(ends.discard);
+        code.at(exits.discard);
         code.op(Op::Move, R0, DISCARD);
         code.exit();
-        code.at(ends.go_on);
+        code.at(exits.go_on);
         code.op(Op::Move, R0, GO_ON);
         code.exit();
     }
 
     /// A packet of this family. R2: its data, of which a TCP header's length is there.
     fn family(&mut self, headers: &Headers) {
-        let Ends { go_on, to_us, discard } = self.ends.expect("it is set first");
+        let Exits { go_on, to_us, discard } = self.exits.expect("it is set first");
         let (icmp, unknown) = (self.code.label(), self.code.label());
         let tcp_at = IP_AT + headers.ip;
         self.is_plain(headers, IP_AT, go_on);
@@ -179,14 +180,15 @@ impl Writer<'_> {
         code.jump_if(R1, If::NotEqual, TCP, go_on);
         self.key(headers, IP_AT, false);
         let code = &mut self.code;
-        code.load(Size::Byte, R9, R2, tcp_at + 13);
+        code.load(Size::Byte, R1, R2, tcp_at + 13);
+        code.store(Size::Double, STACK, FLAGS, R1);
         self.flow(unknown);
-        self.may_be_carried(to_us);
+        self.may_be_carried(go_on, to_us);
         let code = &mut self.code;
         // The way, while it is known.
         code.op(Op::Move, R2, R7);
-        code.op(Op::Add, R2, offset_of!(Flow, destination) as i32);
-        code.map(R1, self.maps.ways);
+        code.op(Op::Add, R2, (offset_of!(Flow, onward) + offset_of!(Ends, destination)) as i32);
+        code.map(R1, self.maps.ways.descriptor().as_raw_fd());
         code.call(MAP_LOOKUP);
         code.jump_if(R0, If::Equal, 0, to_us);
         code.op(Op::Move, R8, R0);
@@ -237,20 +239,21 @@ impl Writer<'_> {
     }
 
     /// A client's SYN to an endpoint itself. Where its port was that of a flow to this endpoint, now over, the replies are none of ours
-    /// any more. R9: flags of the segment.
+    /// any more.
     fn forget_what_is_over(&mut self, headers: &Headers) {
-        let Ends { go_on, .. } = self.ends.expect("it is set first");
+        let Exits { go_on, .. } = self.exits.expect("it is set first");
         let is_over = self.code.label();
         let code = &mut self.code;
-        code.op(Op::And, R9, SYN | ACK);
-        code.jump_if(R9, If::NotEqual, SYN, go_on);
+        code.load(Size::Double, R1, STACK, FLAGS);
+        code.op(Op::And, R1, SYN | ACK);
+        code.jump_if(R1, If::NotEqual, SYN, go_on);
         self.data(IP_AT + headers.ip + TCP_LENGTH, go_on);
         self.key(headers, IP_AT, true);
         self.flow(go_on);
         let code = &mut self.code;
-        code.load(Size::Word, R1, R7, offset_of!(Flow, to_us) as i16);
+        code.load(Size::Word, R1, R7, offset_of!(Flow, fate) as i16);
         code.jump_if(R1, If::Equal, OVER as i32, is_over);
-        code.jump_if(R1, If::Equal, TO_US as i32, go_on);
+        code.jump_if(R1, If::NotEqual, CARRIED as i32, go_on);
         self.traffic(go_on);
         let code = &mut self.code;
         for direction in [0, DIRECTION] {
@@ -259,16 +262,14 @@ impl Writer<'_> {
             code.jump_if(R1, If::Equal, 0, go_on);
         }
         code.at(is_over);
-        code.op(Op::Move, R2, STACK);
-        code.op(Op::Add, R2, i32::from(KEY));
-        code.map(R1, self.maps.flows);
-        code.call(MAP_DELETE);
+        code.store(Size::Word, R7, offset_of!(Flow, fate) as i16, NOT_OURS as i32);
         code.jump(go_on);
     }
 
     /// R0: what was seen of the flow.
     fn traffic(&mut self, otherwise: Label) {
-        self.element(self.maps.traffic, offset_of!(Flow, traffic), otherwise);
+        let [traffic, _] = self.maps.arrays();
+        self.element(traffic, offset_of!(Flow, traffic), otherwise);
     }
 
     /// R0: the element of this array that a field of the flow numbers.
@@ -276,6 +277,12 @@ impl Writer<'_> {
         let code = &mut self.code;
         code.load(Size::Word, R1, R7, field as i16);
         code.store(Size::Word, STACK, INDEX, R1);
+        self.at_index(array, otherwise);
+    }
+
+    /// R0: the element of this array at the index.
+    pub(super) fn at_index(&mut self, array: i32, otherwise: Label) {
+        let code = &mut self.code;
         code.op(Op::Move, R2, STACK);
         code.op(Op::Add, R2, i32::from(INDEX));
         code.map(R1, array);
@@ -284,13 +291,13 @@ impl Writer<'_> {
     }
 
     /// Looks up what was seen of the flow. A RST comes to us, and so do a client's SYN, and what an endpoint says before it has
-    /// accepted the connection. R9: flags of the segment.
-    fn may_be_carried(&mut self, to_us: Label) {
+    /// accepted the connection.
+    fn may_be_carried(&mut self, go_on: Label, to_us: Label) {
         let code = &mut self.code;
         let (is_syn, is_answered) = (code.label(), code.label());
-        code.load(Size::Word, R1, R7, offset_of!(Flow, to_us) as i16);
-        code.jump_if(R1, If::NotEqual, 0, to_us);
-        code.store(Size::Double, STACK, FLAGS, R9);
+        code.load(Size::Word, R1, R7, offset_of!(Flow, fate) as i16);
+        code.jump_if(R1, If::Equal, NOT_OURS as i32, go_on);
+        code.jump_if(R1, If::NotEqual, CARRIED as i32, to_us);
         self.traffic(to_us);
         let code = &mut self.code;
         code.store(Size::Double, STACK, TRAFFIC, R0);
@@ -298,6 +305,7 @@ impl Writer<'_> {
         code.op(Op::And, R3, DIRECTION as i32);
         code.op(Op::Add, R0, R3);
         code.store(Size::Double, STACK, SEEN, R0);
+        code.load(Size::Double, R9, STACK, FLAGS);
         code.op(Op::Move, R1, R9);
         code.op(Op::And, R1, RST);
         code.jump_if(R1, If::NotEqual, 0, to_us);
@@ -316,7 +324,7 @@ impl Writer<'_> {
 
     /// An ICMP error about a packet of a flow is ours to translate. R2: the packet's data.
     fn error(&mut self, headers: &Headers) {
-        let Ends { go_on, to_us, .. } = self.ends.expect("it is set first");
+        let Exits { go_on, to_us, .. } = self.exits.expect("it is set first");
         let quoted_at = IP_AT + headers.ip + ICMP_LENGTH;
         let (first, last) = headers.errors;
         let code = &mut self.code;
@@ -359,8 +367,10 @@ impl Writer<'_> {
     /// Puts the key on the stack. R2: the packet's data.
     fn key(&mut self, headers: &Headers, ip_at: i16, reversed: bool) {
         let code = &mut self.code;
-        let targets = [offset_of!(Key, source), offset_of!(Key, destination)].map(|offset| KEY + offset as i16);
-        let ports = [offset_of!(Key, source_port), offset_of!(Key, destination_port)].map(|offset| KEY + offset as i16);
+        let [source, destination, port] =
+            [offset_of!(Ends, source), offset_of!(Ends, destination), offset_of!(Ends, ports)]
+                .map(|at| KEY + at as i16);
+        let (targets, ports) = ([source, destination], [port, port + 2]);
         for from in 0..2 {
             let to = if reversed { 1 - from } else { from };
             let at = ip_at + headers.source + from as i16 * headers.address;
@@ -381,17 +391,6 @@ impl Writer<'_> {
             code.load(Size::Half, R1, R2, ip_at + headers.ip + from as i16 * 2);
             code.store(Size::Half, STACK, ports[to], R1);
         }
-    }
-
-    /// R7: the flow of the key.
-    fn flow(&mut self, otherwise: Label) {
-        let code = &mut self.code;
-        code.op(Op::Move, R2, STACK);
-        code.op(Op::Add, R2, i32::from(KEY));
-        code.map(R1, self.maps.flows);
-        code.call(MAP_LOOKUP);
-        code.jump_if(R0, If::Equal, 0, otherwise);
-        code.op(Op::Move, R7, R0);
     }
 
     /// Notes the packet, and what it says of the connection. R9: the time.
@@ -430,7 +429,8 @@ impl Writer<'_> {
 
     /// Adds one to a count of the endpoint's.
     fn add_to_endpoint(&mut self, count: usize, otherwise: Label) {
-        self.element(self.maps.endpoints, offset_of!(Flow, endpoint), otherwise);
+        let [_, endpoints] = self.maps.arrays();
+        self.element(endpoints, offset_of!(Flow, endpoint), otherwise);
         let code = &mut self.code;
         code.op(Op::Move, R1, 1);
         code.atomic(Atomic::Add, Size::Word, R0, count as i16, R1);
@@ -491,15 +491,17 @@ impl Writer<'_> {
             code.load(size, R1, from, from_at as i16);
             code.store(size, R2, to, R1);
         };
-        let addresses = [offset_of!(Flow, source), offset_of!(Flow, destination)];
+        let onward = offset_of!(Flow, onward);
+        let addresses = [offset_of!(Ends, source), offset_of!(Ends, destination)].map(|at| onward + at);
         for (from, to) in addresses.into_iter().zip([headers.source, headers.source + headers.address]) {
             // An IPv4 address is the last four bytes.
             for word in (0..headers.address).step_by(4) {
                 copy(Size::Word, R7, from + 16 - headers.address as usize + word as usize, IP_AT + to + word);
             }
         }
-        copy(Size::Half, R7, offset_of!(Flow, source_port), IP_AT + headers.ip);
-        copy(Size::Half, R7, offset_of!(Flow, destination_port), IP_AT + headers.ip + 2);
+        let ports = onward + offset_of!(Ends, ports);
+        copy(Size::Half, R7, ports, IP_AT + headers.ip);
+        copy(Size::Half, R7, ports + 2, IP_AT + headers.ip + 2);
         for word in (0..12).step_by(4) {
             copy(Size::Word, R8, offset_of!(Way, header) + word, word as i16);
         }
