@@ -77,6 +77,16 @@ impl<T: Plain> Region<T> {
         Self { start, count, backing: None, _owner: Arc::new(map) }
     }
 
+    /// The same for what is read all over: in large pages where the kernel has them, so that fewer reads have to look up where a page is.
+    pub(crate) fn scattered(count: usize) -> Self {
+        let length = (count * size_of::<T>()).max(1);
+        let map = MmapRaw::from(MmapOptions::new().len(length).map_anon().expect("there is address space at start"));
+        // Kernels without them serve as well.
+        let _ = map.advise(memmap2::Advice::HugePage);
+        let start = map.as_ptr().cast::<T>();
+        Self { start, count, backing: None, _owner: Arc::new(map) }
+    }
+
     /// `count` elements at `offset`, a multiple of the page size, of a file that is long enough.
     pub(crate) fn map(file: &File, offset: usize, count: usize) -> io::Result<Self> {
         let length = count * size_of::<T>();

@@ -32,7 +32,7 @@ impl Index {
     /// An index that is at most half full with this many records, each under two keys.
     pub(super) fn new(records: usize) -> Self {
         let size = (records * 4).next_power_of_two();
-        Self { entries: Region::heap(size), mask: size - 1 }
+        Self { entries: Region::scattered(size), mask: size - 1 }
     }
 
     /// The first entry under this hash that `matches` accepts.
