@@ -12,6 +12,7 @@ use sluice_dataplane::flow::{FlowFile, Found};
 use sluice_dataplane::net::Family;
 use sluice_dataplane::packet_path::{PacketPath, Settings, Shared};
 use sluice_dataplane::table::RoutingTable;
+use tokio::task::{JoinError, JoinHandle};
 
 use crate::at_links::{self, AtLinks};
 use crate::config::Config;
@@ -92,7 +93,8 @@ pub async fn run(config: Config, source: Source, names_for_host: bool) -> Result
     let mut signals = Signals::new()?;
     let mut daemon = Daemon {
         state,
-        host,
+        host: Arc::new(tokio::sync::Mutex::new(host)),
+        repairing: None,
         health: HealthServers::default(),
         loopback: LoopbackListeners::default(),
         masquerade: settings.masquerade_addresses,
@@ -133,12 +135,20 @@ pub async fn run(config: Config, source: Source, names_for_host: bool) -> Result
         tracing::info!("stopped; the next start goes on with every flow");
         return Ok(());
     }
-    let removed = daemon.host.clean_up().await;
+    let removed = daemon.host.lock().await.clean_up().await;
     path.stop();
     served?;
     removed?;
     tracing::info!("stopped; nothing of ours is left on the host");
     Ok(())
+}
+
+/// The result of this task, once there is one.
+async fn finished<T>(task: &mut Option<JoinHandle<T>>) -> Result<T, JoinError> {
+    match task {
+        Some(task) => task.await,
+        None => std::future::pending().await,
+    }
 }
 
 /// The publisher, with what an earlier process left for it.
@@ -250,7 +260,9 @@ impl Watchdog {
 
 struct Daemon {
     state: Arc<State>,
-    host: Host,
+    host: Arc<tokio::sync::Mutex<Host>>,
+    /// What others changed is being put right.
+    repairing: Option<JoinHandle<Result<Vec<String>>>>,
     health: HealthServers,
     loopback: LoopbackListeners,
     masquerade: Vec<IpAddr>,
@@ -265,7 +277,7 @@ struct Daemon {
 impl Daemon {
     async fn set_up_host(&mut self) -> Result<()> {
         let table = self.state.shared.table();
-        let changes = self.host.apply(Plan::new(&table, &self.state.config, &self.masquerade)).await?;
+        let changes = self.host.lock().await.apply(Plan::new(&table, &self.state.config, &self.masquerade)).await?;
         self.planned = Some(table.host_version());
         tracing::info!(changes = changes.len(), "host is set up");
         Ok(())
@@ -285,6 +297,10 @@ impl Daemon {
         let started = format!("{} began at {}", env!("CARGO_PKG_VERSION"), self.state.started);
         self.tell_of_node("Starting", started, false);
         let served = self.work(feed, path, signals).await;
+        if let Some(repairing) = self.repairing.take() {
+            // What is done to the host from now on is not to be undone by it; how it ends is no matter any more.
+            let _ = repairing.await;
+        }
         // A daemon that takes over wants their ports.
         servers.shutdown().await;
         served
@@ -328,8 +344,12 @@ impl Daemon {
                     }
                 }
                 _ = look.tick() => self.look().await?,
+                changes = finished(&mut self.repairing) => {
+                    self.repairing = None;
+                    self.repaired(changes??);
+                }
                 () = self.at_links.changed() => {
-                    if let Err(error) = self.host.follow_links().await {
+                    if let Err(error) = self.host.lock().await.follow_links().await {
                         tracing::warn!(error = format!("{error:#}"), "packets of a new link go the ordinary way until the next look");
                     }
                 }
@@ -369,7 +389,7 @@ impl Daemon {
     /// second look.
     async fn retire(&mut self) -> Result<()> {
         for _ in 0..2 {
-            self.host.retire(self.state.shared.flows()).await?;
+            self.host.lock().await.retire(self.state.shared.flows()).await?;
         }
         Ok(())
     }
@@ -381,8 +401,9 @@ impl Daemon {
             return Ok(());
         }
         let plan = Plan::new(&table, &self.state.config, &self.masquerade);
-        if plan != *self.host.plan() {
-            self.host.apply(plan).await?;
+        let mut host = self.host.lock().await;
+        if plan != *host.plan() {
+            host.apply(plan).await?;
         }
         self.planned = Some(table.host_version());
         Ok(())
@@ -397,7 +418,7 @@ impl Daemon {
 
     /// Looks at what others may have changed: addresses, links, routes, rules.
     async fn look(&mut self) -> Result<()> {
-        let interfaces = self.host.addresses().await?;
+        let interfaces = self.host.lock().await.addresses().await?;
         if interfaces != self.interfaces {
             if let Some(lost) = self.masquerade.iter().find(|address| !interfaces.contains(address)) {
                 bail!("the node's address {lost} is gone: start again to use another");
@@ -410,15 +431,24 @@ impl Daemon {
         if self.state.retiring.load(Relaxed) {
             self.retire().await?;
         }
-        for what in self.host.repair().await? {
+        if self.repairing.is_none() {
+            let host = Arc::clone(&self.host);
+            // It takes longer than a change, and is seldom in its way.
+            self.repairing = Some(tokio::spawn(async move { host.lock().await.repair().await }));
+        }
+        self.serve_ports().await;
+        self.state.publisher().release_idle();
+        Ok(())
+    }
+
+    /// Tells what was put right on the host.
+    fn repaired(&self, changes: Vec<String>) {
+        for what in changes {
             tracing::warn!(what, "put right what somebody else changed");
             admin::metrics::host_repaired(&what);
             self.tell_of_node("HostStateChanged", format!("put right what somebody else changed: {what}"), true);
             let mut repairs = self.state.repairs.lock().unwrap_or_else(PoisonError::into_inner);
             *repairs = Repairs { count: repairs.count + 1, last: Some(Instant::now()) };
         }
-        self.serve_ports().await;
-        self.state.publisher().release_idle();
-        Ok(())
     }
 }
