@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use anyhow::{Result, ensure};
+use ipnet::{IpNet, Ipv4Net};
 use serde::Serialize;
 use sluice_bench::netns::{NetNs, is_privileged};
 use sluice_bench::plain_server::PlainServer;
@@ -33,7 +34,9 @@ impl Mode {
 pub(crate) const POD_PORT: u16 = 8080;
 /// Addresses of Pods.
 pub(crate) const CLUSTER_CIDR: &str = "10.244.0.0/16";
-/// Address of the client in a Pod.
+/// Addresses of each client: more than Pods, so that the ports to one target are no more scarce than those to all Pods.
+const SOURCES: u8 = 4;
+/// First address of the client in a Pod.
 const CLIENT_POD: Ipv4Addr = Ipv4Addr::new(10, 244, 0, 250);
 /// Where the Service is dialled inside the cluster.
 pub(crate) const CLUSTER_IP: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 96, 0, 10)), 80);
@@ -78,11 +81,16 @@ impl Lab {
             is_privileged(),
             Lacking("it makes network namespaces: it needs CAP_SYS_ADMIN and CAP_NET_ADMIN (root)".into())
         );
-        let topology = Topology::new(TopologyConfig::default())?;
+        let mut config = TopologyConfig::default();
+        let more = (1..SOURCES).map(|number| Ipv4Net::new_assert(Ipv4Addr::new(192, 168, 50, 2 + number), 24));
+        config.client.extend(more.map(IpNet::from));
+        let topology = Topology::new(config)?;
         // A proxy on the node dials Pods from here; above are the ports that Sluice masquerades with.
         topology.node.sysctl("net.ipv4.ip_local_port_range", "10000 60999")?;
         topology.node.sysctl("net.ipv4.tcp_tw_reuse", "1")?;
-        let client_pod = topology.add_pod("client", &[CLIENT_POD.into()])?;
+        let [a, b, c, d] = CLIENT_POD.octets();
+        let addresses: Vec<IpAddr> = (0..SOURCES).map(|number| Ipv4Addr::new(a, b, c, d + number).into()).collect();
+        let client_pod = topology.add_pod("client", &addresses)?;
         Ok(Self { topology, client_pod, pods: Vec::new(), servers: Vec::new() })
     }
 
@@ -96,6 +104,14 @@ impl Lab {
         match mode {
             Mode::Masquerade => &self.topology.client,
             Mode::Preserve => &self.client_pod.ns,
+        }
+    }
+
+    /// The addresses of that client.
+    pub(crate) fn sources(&self, mode: Mode) -> Vec<IpAddr> {
+        match mode {
+            Mode::Masquerade => self.topology.config.client.iter().map(IpNet::addr).filter(IpAddr::is_ipv4).collect(),
+            Mode::Preserve => self.client_pod.addresses.clone(),
         }
     }
 

@@ -104,7 +104,7 @@ impl Cell {
         }
     }
 
-    fn plan(self, arguments: &CompareArgs, running: &Running, latency_rate: f64) -> Plan {
+    fn plan(self, arguments: &CompareArgs, running: &Running, mode: Mode, latency_rate: f64) -> Plan {
         let (workload, connections) = match self {
             Self::Cps => (Workload::Cps, arguments.connections),
             Self::Rr | Self::Latency => (Workload::Rr, arguments.connections),
@@ -117,6 +117,7 @@ impl Cell {
             warmup: arguments.warmup,
             duration: arguments.seconds,
             rate: (self == Self::Latency).then_some(latency_rate),
+            sources: running.lab.sources(mode),
             ..Plan::new(workload, running.targets.clone())
         }
     }
@@ -186,7 +187,7 @@ fn section(arguments: &CompareArgs, mode: Mode) -> Result<Section> {
             for position in 0..=count {
                 let (index, again) = order.clone().cycle().nth(position + round).expect("a cycle has no end");
                 let (peer, running) = &running[index];
-                let plan = table.cell.plan(arguments, running, latency_rate);
+                let plan = table.cell.plan(arguments, running, mode, latency_rate);
                 let prefix = format!("round {}/{} {peer}, ", round + 1, arguments.rounds);
                 let measured = measure(&plan, running, mode, |sample| line.sample(&prefix, plan.workload, sample))?;
                 table.add(*peer, again, measured);
@@ -211,7 +212,7 @@ fn latency_rate(arguments: &CompareArgs, direct: &Running, mode: Mode) -> Result
     if !arguments.workloads.contains(&Cell::Latency) {
         return Ok(0.0);
     }
-    let plan = Cell::Rr.plan(arguments, direct, 0.0);
+    let plan = Cell::Rr.plan(arguments, direct, mode, 0.0);
     let rate = measure(&plan, direct, mode, |_| {})?.outcome.rate * LATENCY_LOAD;
     // A round number is easier to talk about, and to repeat.
     Ok(((rate / 500.0).round() * 500.0).max(500.0))

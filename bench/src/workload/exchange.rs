@@ -5,12 +5,14 @@
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read as _, Write as _};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::IpBindAddressNoPort;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::client::Failure;
@@ -134,9 +136,12 @@ impl Driver<'_> {
         (slot.due, slot.begun, slot.number, slot.received) = (due, now, self.number, 0);
         if slot.socket.is_none() {
             slot.state = State::Connecting;
-            let target = self.plan.targets[self.next_target % self.plan.targets.len()];
+            let (Plan { targets, sources, .. }, number) = (self.plan, self.next_target);
+            let target = targets[number % targets.len()];
+            // Each target from each source.
+            let source = (!sources.is_empty()).then(|| sources[number / targets.len() % sources.len()]);
             self.next_target += 1;
-            match connect(&self.waiter, target, index) {
+            match connect(&self.waiter, target, source, index) {
                 Ok(socket) => slot.socket = Some(socket),
                 Err(error) => self.fail(index, error.into(), now),
             }
@@ -228,8 +233,13 @@ impl Driver<'_> {
     }
 }
 
-fn connect(waiter: &Waiter, target: SocketAddr, number: usize) -> io::Result<Socket> {
+fn connect(waiter: &Waiter, target: SocketAddr, source: Option<IpAddr>, number: usize) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(target), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
+    if let Some(source) = source {
+        // The port is chosen as without: when it is known to what target.
+        setsockopt(&socket, IpBindAddressNoPort, &true)?;
+        socket.bind(&SocketAddr::new(source, 0).into())?;
+    }
     match socket.connect(&target.into()) {
         Ok(()) => {}
         Err(error) if error.raw_os_error() == Some(Errno::EINPROGRESS as i32) => {}

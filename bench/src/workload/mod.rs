@@ -9,7 +9,7 @@ mod schedule;
 mod waiter;
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -65,6 +65,9 @@ pub struct Plan {
     pub workload: Workload,
     /// Dialled in turn.
     pub targets: Vec<SocketAddr>,
+    /// Own addresses that `cps` and `rr` dial from in turn; none: as the system chooses. One address has some ten thousand ports to a
+    /// target, and from as many connections a second on the search for a free one is what is measured.
+    pub sources: Vec<IpAddr>,
     /// Connections at a time; for bulk data, streams.
     pub connections: usize,
     /// Threads that share them (bulk data: a thread a stream whatever this says).
@@ -91,6 +94,7 @@ impl Plan {
         Self {
             workload,
             targets,
+            sources: Vec::new(),
             connections: if workload == Workload::Bulk { 1 } else { 16 },
             threads: cores(),
             warmup: Duration::from_secs(1),

@@ -64,6 +64,8 @@ pub(super) struct Flows {
     flows_map: Map<u32, Flow>,
     buckets: Region<Bucket>,
     flows: Region<Flow>,
+    /// Where each number is: one more than its slot, counted through all buckets. 0: nowhere.
+    places: Region<AtomicU32>,
     seed: u64,
     factor: u64,
 }
@@ -79,6 +81,7 @@ impl Flows {
         Ok(Self {
             buckets: Region::of_kernel(buckets_map.descriptor(), buckets as usize)?,
             flows: Region::of_kernel(flows_map.descriptor(), flows as usize)?,
+            places: Region::heap(flows as usize),
             buckets_map,
             flows_map,
             seed: random.hash_one(0),
@@ -128,25 +131,25 @@ impl Flows {
 
     /// Has the program find the flow. Returns whether there was room.
     pub(super) fn enter(&self, number: u32) -> bool {
-        let (bucket, word) = self.slot(number);
-        let free = bucket.iter().find(|slot| slot.load(Relaxed) == 0);
-        // What was written is there before it is found.
-        free.inspect(|slot| slot.store(word, Release)).is_some()
-    }
-
-    /// The program finds the flow no more.
-    pub(super) fn leave(&self, number: u32) {
-        let (bucket, word) = self.slot(number);
-        bucket.iter().filter(|slot| slot.load(Relaxed) == word).for_each(|slot| slot.store(0, Relaxed));
-    }
-
-    fn slot(&self, number: u32) -> (&Bucket, u32) {
         let hash = self.flows[number as usize].key.halves().fold(self.seed, |hash, half| {
             let product = (hash ^ half).wrapping_mul(self.factor);
             product ^ product >> 32
         });
-        let bucket = &self.buckets[hash as usize & (self.buckets.len() - 1)];
-        (bucket, (hash >> (32 + NUMBER_BITS) << NUMBER_BITS) as u32 | (number + 1))
+        let bucket = hash as usize & (self.buckets.len() - 1);
+        let Some(slot) = self.buckets[bucket].iter().position(|slot| slot.load(Relaxed) == 0) else { return false };
+        let tag = (hash >> (32 + NUMBER_BITS) << NUMBER_BITS) as u32;
+        // What was written is there before it is found.
+        self.buckets[bucket][slot].store(tag | (number + 1), Release);
+        self.places[number as usize].store((bucket * SLOTS + slot + 1) as u32, Relaxed);
+        true
+    }
+
+    /// The program finds the flow no more.
+    pub(super) fn leave(&self, number: u32) {
+        let place = self.places[number as usize].swap(0, Relaxed) as usize;
+        if let Some(place) = place.checked_sub(1) {
+            self.buckets[place / SLOTS][place % SLOTS].store(0, Relaxed);
+        }
     }
 }
 

@@ -30,8 +30,8 @@ pub(super) struct Way {
     pub(super) to_peer: u32,
 }
 
-/// What was seen of one direction of a flow.
-#[repr(C)]
+/// What was seen of one direction of a flow. A cache line of its own: each direction is carried by another processor, as a rule.
+#[repr(C, align(64))]
 pub(super) struct Traffic {
     /// Since it was last asked for.
     pub(super) bytes: AtomicU64,
@@ -45,6 +45,8 @@ pub(super) struct Traffic {
     pub(super) fin: AtomicU32,
     /// Of requests only: directions with a FIN.
     pub(super) fins: AtomicU32,
+    /// Of requests only: whose flow it is, number of the life in the upper half, of the record in the lower.
+    pub(super) owner: AtomicU64,
 }
 
 /// Bytes of it.
@@ -55,8 +57,6 @@ const _: () = assert!(DIRECTION.is_power_of_two());
 #[repr(C)]
 pub(crate) struct FlowTraffic {
     pub(super) directions: [Traffic; 2],
-    /// Whose it is: number of the life in the upper half, of the record in the lower.
-    pub(super) owner: AtomicU64,
 }
 
 /// What was seen of an endpoint's connections.

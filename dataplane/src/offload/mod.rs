@@ -296,7 +296,7 @@ impl Offload {
         let place = self.place(record) / 2;
         if let Some(traffic) = self.traffic(record) {
             self.note_end(traffic, endpoint);
-            traffic.owner.store(0, Relaxed);
+            traffic.directions[0].owner.store(0, Relaxed);
             self.carried.fetch_sub(1, Relaxed);
         }
         if is_held {
@@ -355,7 +355,7 @@ fn entry(place: u32, direction: Direction) -> u32 {
 
 impl FlowTraffic {
     fn begin(&self, record: u32, life: u32, is_answered: bool) {
-        self.owner.store(u64::from(life) << 32 | u64::from(record), Relaxed);
+        self.directions[0].owner.store(u64::from(life) << 32 | u64::from(record), Relaxed);
         for traffic in &self.directions {
             traffic.bytes.store(0, Relaxed);
             traffic.seen_ns.store(0, Relaxed);
@@ -373,7 +373,7 @@ impl FlowTraffic {
 
     /// Whose it is: number of the record, and of its life.
     pub(crate) fn owner(&self) -> Option<(u32, u32)> {
-        let owner = self.owner.load(Relaxed);
+        let owner = self.directions[0].owner.load(Relaxed);
         (owner != 0).then_some((owner as u32, (owner >> 32) as u32))
     }
 
