@@ -72,9 +72,9 @@ impl FlowTable {
         self.offload.as_ref().map_or(Level::None, |offload| offload.level(hit.record))
     }
 
-    /// Takes in what the kernel saw lately, and what the last process' program saw.
-    pub(crate) fn look_at_offloaded(&self) {
-        let Some(offload) = &self.offload else { return };
+    /// Takes in what the kernel saw lately, and what the last process' program saw. Returns how many connections are over.
+    pub(crate) fn look_at_offloaded(&self, now_ms: u64) -> usize {
+        let Some(offload) = &self.offload else { return 0 };
         let of_life = |(record, life): (u32, u32)| {
             let snapshot = self.records.get(record as usize)?.read()?;
             (snapshot.life() == life).then_some((record, snapshot))
@@ -88,16 +88,20 @@ impl FlowTable {
                 }
             }
         }
+        let mut over = 0;
         for owner in offload.seen() {
             let mut writer = self.lock();
             if let Some((record, snapshot)) = of_life(owner) {
                 let snapshot = self.settled(record, snapshot);
                 self.absorb(&mut writer, record, &snapshot);
-                if snapshot.state().is_finished() {
+                // The last acknowledgement is carried too.
+                if snapshot.state().is_finished() && offload.rests(record, now_ms) {
                     self.take_back(&mut writer, record, &snapshot);
+                    over += 1;
                 }
             }
         }
+        over
     }
 
     /// Has all packets of a flow that is over but for the last of them come to us.

@@ -11,7 +11,7 @@ use std::sync::atomic::{
 
 use super::maps::DIRECTION;
 use super::program::{INDEX, KEY, Writer};
-use crate::bpf::assembler::{If, Label, Op, R0, R1, R2, R5, R7, R8, R9, STACK, Size};
+use crate::bpf::assembler::{Assembler, If, Label, Op, R0, R1, R2, R5, R7, R8, R9, STACK, Size};
 use crate::bpf::{Map, MapKind};
 use crate::flow::{Address, FlowKey};
 use crate::memory::Region;
@@ -56,6 +56,8 @@ pub(crate) struct Ends {
 const SLOTS: usize = 16;
 /// What a slot has: the number of a flow, counted from one, below some bits of its hash. 0: nothing.
 const NUMBER_BITS: u32 = 20;
+/// So many bits of ports have one bucket.
+const PORTS_BITS: i32 = 2;
 type Bucket = [AtomicU32; SLOTS];
 
 /// The flows by what their packets look like.
@@ -131,13 +133,8 @@ impl Flows {
 
     /// Has the program find the flow. Returns whether there was room.
     pub(super) fn enter(&self, number: u32) -> bool {
-        let hash = self.flows[number as usize].key.halves().fold(self.seed, |hash, half| {
-            let product = (hash ^ half).wrapping_mul(self.factor);
-            product ^ product >> 32
-        });
-        let bucket = hash as usize & (self.buckets.len() - 1);
+        let (bucket, tag) = self.place_of(&self.flows[number as usize].key);
         let Some(slot) = self.buckets[bucket].iter().position(|slot| slot.load(Relaxed) == 0) else { return false };
-        let tag = (hash >> (32 + NUMBER_BITS) << NUMBER_BITS) as u32;
         // What was written is there before it is found.
         self.buckets[bucket][slot].store(tag | (number + 1), Release);
         self.places[number as usize].store((bucket * SLOTS + slot + 1) as u32, Relaxed);
@@ -150,6 +147,21 @@ impl Flows {
         if let Some(place) = place.checked_sub(1) {
             self.buckets[place / SLOTS][place % SLOTS].store(0, Relaxed);
         }
+    }
+
+    /// The bucket of a key, and what its slot has beside the number. Addresses scatter, and ports that follow each other are near each
+    /// other: clients take them in turn, and so do we, and a bucket is found in the cache.
+    fn place_of(&self, key: &Ends) -> (usize, u32) {
+        let step = |hash: u64, half: u64| {
+            let product = (hash ^ half).wrapping_mul(self.factor);
+            product ^ product >> 32
+        };
+        let addresses = key.addresses().fold(self.seed, step);
+        let ports = key.ports[0].load(Relaxed);
+        let [a, b, c, d] = ports.to_ne_bytes();
+        let sum = (u64::from(a) + u64::from(c)) * 256 + u64::from(b) + u64::from(d);
+        let bucket = addresses.wrapping_add(sum >> PORTS_BITS) as usize & (self.buckets.len() - 1);
+        (bucket, (step(addresses, ports.into()) >> (32 + NUMBER_BITS) << NUMBER_BITS) as u32)
     }
 }
 
@@ -167,14 +179,13 @@ impl Ends {
         }
     }
 
-    /// What is hashed: words of 64 bits as they lie in memory, and the ports.
-    fn halves(&self) -> impl Iterator<Item = u64> {
+    /// The addresses in words of 64 bits as they lie in memory.
+    fn addresses(&self) -> impl Iterator<Item = u64> {
         let pairs = self.source.as_chunks::<2>().0.iter().chain(self.destination.as_chunks().0);
-        let halves = pairs.map(|pair| {
+        pairs.map(|pair| {
             let [[a, b, c, d], [e, f, g, h]] = [&pair[0], &pair[1]].map(|word| word.load(Relaxed).to_ne_bytes());
             u64::from_ne_bytes([a, b, c, d, e, f, g, h])
-        });
-        halves.chain(self.ports.iter().map(|ports| u64::from(ports.load(Relaxed))))
+        })
     }
 }
 
@@ -187,19 +198,33 @@ impl Writer<'_> {
         // As above.
         code.wide(R0, flows.seed);
         code.wide(R5, flows.factor);
-        for (size, at) in (0..ports).step_by(8).map(|at| (Size::Double, at)).chain([(Size::Word, ports)]) {
+        let step = |code: &mut Assembler, size, at| {
             code.load(size, R1, STACK, KEY + at);
             code.op(Op::Xor, R0, R1);
             code.op(Op::Multiply, R0, R5);
             code.op(Op::Move, R1, R0);
             code.op(Op::ShiftRight, R1, 32);
             code.op(Op::Xor, R0, R1);
-        }
+        };
+        (0..ports).step_by(8).for_each(|at| step(code, Size::Double, at));
+        code.op(Op::Move, R8, R0);
+        step(code, Size::Word, ports);
+        code.op(Op::ShiftRight, R0, 32 + NUMBER_BITS as i32);
+        code.op(Op::ShiftLeft, R0, NUMBER_BITS as i32);
         code.op(Op::Move, R7, R0);
-        code.op(Op::ShiftRight, R7, 32 + NUMBER_BITS as i32);
-        code.op(Op::ShiftLeft, R7, NUMBER_BITS as i32);
-        code.op(Op::And, R0, flows.buckets.len() as i32 - 1);
-        code.store(Size::Word, STACK, INDEX, R0);
+        let byte = |code: &mut Assembler, to, at| code.load(Size::Byte, to, STACK, KEY + ports + at);
+        byte(code, R1, 0);
+        byte(code, R2, 2);
+        code.op(Op::Add, R1, R2);
+        code.op(Op::ShiftLeft, R1, 8);
+        for at in [1, 3] {
+            byte(code, R2, at);
+            code.op(Op::Add, R1, R2);
+        }
+        code.op(Op::ShiftRight, R1, PORTS_BITS);
+        code.op(Op::Add, R8, R1);
+        code.op(Op::And, R8, flows.buckets.len() as i32 - 1);
+        code.store(Size::Word, STACK, INDEX, R8);
         self.at_index(flows.buckets_map.descriptor().as_raw_fd(), otherwise);
         let code = &mut self.code;
         code.op(Op::Move, R8, R0);

@@ -29,6 +29,8 @@ use maps::{HARDWARE, Maps};
 
 /// Most flows that the program knows at a time, whose memory is taken at the start; all others take the packet threads' way.
 const MOST_FLOWS: usize = 1 << 17;
+/// Milliseconds without a packet after which a connection that both ends have closed is carried no more.
+const REST_MS: u64 = 50;
 /// A place is another flow's only after so many others were: the program may be looking at it still.
 const RESTING: usize = 1024;
 /// What our programs are called: the one at links, and the one at the TUN link.
@@ -237,6 +239,14 @@ impl Offload {
     pub(crate) fn traffic(&self, record: u32) -> Option<&FlowTraffic> {
         let place = self.place(record);
         (place & 1 == 1).then(|| &self.maps.traffic[place as usize / 2])
+    }
+
+    /// Whether nothing was seen of a carried flow for so long that nothing is under way any more, as a rule.
+    pub(crate) fn rests(&self, record: u32, now_ms: u64) -> bool {
+        let last =
+            |traffic: &FlowTraffic| traffic.directions.each_ref().map(|it| it.seen_ns.load(Relaxed)).into_iter().max();
+        let last_ms = self.traffic(record).and_then(last).unwrap_or(0) / 1_000_000;
+        now_ms >= last_ms + REST_MS
     }
 
     /// Has the program bring us the replies of a TCP flow that it does not know. Only for the holder of the flow table's lock. Returns

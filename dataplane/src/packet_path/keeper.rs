@@ -15,6 +15,10 @@ use crate::packet_path::worker::{Action, Worker};
 const SWEEP_ROUNDS: usize = 4;
 /// Milliseconds between sweeps.
 const SWEEP_INTERVAL_MS: u64 = 1_000;
+/// The same between looks at what the kernel carries, when so many connections were over at the last: the fewer it knows, the
+/// fewer lie in memory that no cache has.
+const BUSY_INTERVAL_MS: u64 = 50;
+const BUSY: usize = 100;
 /// Records swept under one hold of the flow table's lock.
 const SWEEP_STEP: usize = 256;
 /// Flows ended, and records looked at for them, in one round.
@@ -27,6 +31,8 @@ pub struct Keeper {
     /// The record at which ending flows goes on.
     ending: Option<usize>,
     swept_ms: u64,
+    looked_ms: u64,
+    is_busy: bool,
     /// Opens flows for clients that waited.
     worker: Worker,
     frame: [u8; vnet::LEN + reply::LIMIT],
@@ -37,7 +43,15 @@ impl Keeper {
     pub fn new(shared: Arc<Shared>) -> Self {
         let thread = shared.settings.workers;
         let worker = Worker { holds: false, ..Worker::new(Arc::clone(&shared), thread) };
-        Self { shared, ending: None, swept_ms: 0, worker, frame: [0; vnet::LEN + reply::LIMIT] }
+        Self {
+            shared,
+            ending: None,
+            swept_ms: 0,
+            looked_ms: 0,
+            is_busy: false,
+            worker,
+            frame: [0; vnet::LEN + reply::LIMIT],
+        }
     }
 
     /// One round. `send` takes frames: an offload header, then an IP packet. Returns whether there is more to do at once.
@@ -61,6 +75,11 @@ impl Keeper {
         if now_ms.saturating_sub(self.swept_ms) >= SWEEP_INTERVAL_MS {
             self.swept_ms = now_ms;
             self.sweep(now_ms);
+        }
+        let interval = if self.is_busy { BUSY_INTERVAL_MS } else { SWEEP_INTERVAL_MS };
+        if now_ms.saturating_sub(self.looked_ms) >= interval {
+            self.looked_ms = now_ms;
+            self.is_busy = self.shared.flows.look_at_offloaded(now_ms) >= BUSY;
         }
         self.ending.is_some()
     }
@@ -97,7 +116,6 @@ impl Keeper {
             self.shared.flows.sweep(now_ms, step);
             left -= step;
         }
-        self.shared.flows.look_at_offloaded();
         self.shared.affinity.sweep(now_ms);
     }
 }

@@ -214,7 +214,7 @@ impl Shared {
 
     /// Counts what the kernel carried until now: counters are behind it by up to a second otherwise.
     pub fn count_offloaded(&self) {
-        self.flows.look_at_offloaded();
+        self.flows.look_at_offloaded(super::thread::now_ms());
     }
 
     /// Packets that the kernel carried so far, and connections that it carries now; nothing without [`Settings::offload`].
