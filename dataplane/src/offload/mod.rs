@@ -271,17 +271,16 @@ impl Offload {
     /// flow table's lock.
     pub(crate) fn carry(&self, (record, life): (u32, u32), is_answered: bool) {
         let place = self.place(record) / 2;
+        if !self.maps.flows.enter(entry(place, Direction::Request)) {
+            return;
+        }
         self.maps.traffic[place as usize].begin(record, life, is_answered);
-        // Requests are not found yet: none may be carried before replies are.
+        // Replies first: none may come to us when requests do not.
         for direction in [Direction::Reply, Direction::Request] {
             self.maps.flows.set_fate(entry(place, direction), flows::CARRIED);
         }
-        if self.maps.flows.enter(entry(place, Direction::Request)) {
-            self.carried.fetch_add(1, Relaxed);
-            self.set_place(record, 2 * place + 1);
-        } else {
-            self.maps.flows.set_fate(entry(place, Direction::Reply), flows::TO_US);
-        }
+        self.carried.fetch_add(1, Relaxed);
+        self.set_place(record, 2 * place + 1);
     }
 
     /// A flow that was carried is over; its replies come to us as yet. Only for the holder of the flow table's lock, who then
