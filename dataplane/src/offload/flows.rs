@@ -9,8 +9,8 @@ use std::sync::atomic::{
     Ordering::{Relaxed, Release},
 };
 
-use super::maps::DIRECTION;
 use super::program::{INDEX, KEY, Writer};
+use super::traffic::DIRECTION;
 use crate::bpf::assembler::{Assembler, If, Label, Op, R0, R1, R2, R5, R7, R8, R9, STACK, Size};
 use crate::bpf::{Map, MapKind};
 use crate::flow::{Address, FlowKey};

@@ -1,12 +1,12 @@
-//! What the program and we share beside flows: the ways of packets, and what was seen of them.
+//! The maps that the program and we share, and the ways of packets, which are in one of them.
 
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use super::flows::Flows;
+use super::traffic::{Carried, FlowTraffic};
 use crate::bpf::{self, Map, MapKind};
 use crate::flow::Address;
 use crate::memory::Region;
@@ -28,44 +28,6 @@ pub(super) struct Way {
     pub(super) header: [u8; HARDWARE],
     /// Packets go straight to the other end of the link: 1.
     pub(super) to_peer: u32,
-}
-
-/// What was seen of one direction of a flow. A cache line of its own: each direction is carried by another processor, as a rule.
-#[repr(C, align(64))]
-pub(super) struct Traffic {
-    /// Since it was last asked for.
-    pub(super) bytes: AtomicU64,
-    /// When, in nanoseconds of the monotonic clock; 0: nothing yet. Until then an endpoint has not accepted the connection.
-    pub(super) seen_ns: AtomicU64,
-    /// Since it was last asked for.
-    pub(super) packets: AtomicU32,
-    /// The last acknowledgement number, in network order.
-    pub(super) acknowledged: AtomicU32,
-    /// A FIN was among them: 1.
-    pub(super) fin: AtomicU32,
-    /// Of requests only: directions with a FIN.
-    pub(super) fins: AtomicU32,
-    /// Of requests only: whose flow it is, number of the life in the upper half, of the record in the lower.
-    pub(super) owner: AtomicU64,
-}
-
-/// Bytes of it.
-pub(super) const DIRECTION: usize = size_of::<Traffic>();
-const _: () = assert!(DIRECTION.is_power_of_two());
-
-/// What was seen of a flow.
-#[repr(C)]
-pub(crate) struct FlowTraffic {
-    pub(super) directions: [Traffic; 2],
-}
-
-/// What was seen of an endpoint's connections.
-#[repr(C)]
-pub(crate) struct Carried {
-    /// Connections of which both ends were seen to close, and which are still counted as active.
-    pub(crate) finished: AtomicU32,
-    /// Connections that it accepted since this was last asked for.
-    pub(crate) answered: AtomicU32,
 }
 
 /// The maps.

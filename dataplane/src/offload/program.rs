@@ -6,7 +6,8 @@ use std::mem::offset_of;
 use std::os::fd::AsRawFd;
 
 use super::flows::{CARRIED, Ends, Flow, NOT_OURS, OVER};
-use super::maps::{Carried, DIRECTION, FlowTraffic, Maps, Traffic, Way};
+use super::maps::{Maps, Way};
+use super::traffic::{Carried, DIRECTION, FlowTraffic, Traffic};
 use crate::bpf::assembler::{
     Assembler, Atomic, If, Instruction, Label, Op, R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, STACK, Size,
 };
