@@ -73,10 +73,10 @@ pub(super) struct Flows {
 }
 
 impl Flows {
-    /// Room for so many, a place for each; buckets are filled to less than a half.
+    /// Room for so many. Buckets are filled to a quarter: ports that follow each other come four to a bucket.
     pub(super) fn new(flows: u32) -> io::Result<Self> {
         assert!(flows < 1 << NUMBER_BITS, "a slot has the number");
-        let buckets = (2 * flows).next_power_of_two().div_ceil(SLOTS as u32);
+        let buckets = (4 * flows).next_power_of_two().div_ceil(SLOTS as u32);
         let buckets_map = Map::new(MapKind::Array, buckets, "sluice_buckets")?;
         let flows_map = Map::new(MapKind::Array, flows, "sluice_flows")?;
         let random = ahash::RandomState::new();
