@@ -71,20 +71,19 @@ const STEP: usize = 4096;
 impl<T: Plain> Region<T> {
     /// Zeroes of this process alone. Mapped rather than allocated: an allocator may hand out used memory and zero it.
     pub(crate) fn heap(count: usize) -> Self {
-        let length = (count * size_of::<T>()).max(1);
-        let map = MmapRaw::from(MmapOptions::new().len(length).map_anon().expect("there is address space at start"));
-        let start = map.as_ptr().cast::<T>();
-        Self { start, count, backing: None, _owner: Arc::new(map) }
+        Self::over(zeroes::<T>(count), count)
     }
 
     /// The same for what is read all over: in large pages where the kernel has them, so that fewer reads have to look up where a page is.
     pub(crate) fn scattered(count: usize) -> Self {
-        let length = (count * size_of::<T>()).max(1);
-        let map = MmapRaw::from(MmapOptions::new().len(length).map_anon().expect("there is address space at start"));
+        let map = zeroes::<T>(count);
         // Kernels without them serve as well.
         let _ = map.advise(memmap2::Advice::HugePage);
-        let start = map.as_ptr().cast::<T>();
-        Self { start, count, backing: None, _owner: Arc::new(map) }
+        Self::over(map, count)
+    }
+
+    fn over(map: MmapRaw, count: usize) -> Self {
+        Self { start: map.as_ptr().cast(), count, backing: None, _owner: Arc::new(map) }
     }
 
     /// `count` elements at `offset`, a multiple of the page size, of a file that is long enough.
@@ -101,8 +100,7 @@ impl<T: Plain> Region<T> {
 
     /// The `count` elements of a map of the kernel's.
     pub(crate) fn of_kernel(map: &OwnedFd, count: usize) -> io::Result<Self> {
-        let map: MmapRaw = MmapOptions::new().len(count * size_of::<T>()).map_raw(map)?;
-        Ok(Self { start: map.as_ptr().cast(), count, backing: None, _owner: Arc::new(map) })
+        Ok(Self::over(MmapOptions::new().len(count * size_of::<T>()).map_raw(map)?, count))
     }
 
     /// Makes sure that the first `count` elements have room: a full file system is an error here, and a signal later.
@@ -123,6 +121,11 @@ impl<T: Plain> Region<T> {
         backing.reserved.store(to, Relaxed);
         Ok(())
     }
+}
+
+fn zeroes<T>(count: usize) -> MmapRaw {
+    let length = (count * size_of::<T>()).max(1);
+    MmapRaw::from(MmapOptions::new().len(length).map_anon().expect("there is address space at start"))
 }
 
 impl<T> Deref for Region<T> {
